@@ -1,0 +1,114 @@
+"""Loss and score of each row, from logits. The loss is never taken from the model.
+
+Letters: B rows, K classes (or outputs), T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from continual.errors import ModelError
+from continual.table import IGNORED, Batch
+
+Objective = Literal["classification", "regression", "causal-lm", "seq2seq"]
+Competition = Literal["seen", "experience", "all"]
+
+PRIMARY = {
+    "classification": "accuracy",
+    "regression": "negative squared error",
+    "causal-lm": "log-likelihood per token",
+    "seq2seq": "log-likelihood per token",
+}
+"""What the first score of each objective is called."""
+
+
+def loss_rows(objective: Objective, logits: Tensor, batch: Batch, active: Tensor | None = None) -> Tensor:
+    """Loss of each row, float (B,).
+
+    Args:
+        logits: (B, K) for classification and regression, (B, T, V) for language models.
+        batch: its ``labels`` are int64 (B,), float (B,) or (B, K), or int64 (B, T); ``-100`` counts for nothing.
+        active: bool (K,) or (B, K), the classes that compete; None when all do.
+
+    Classification: cross-entropy. Regression: mean squared error over the outputs. Language models: mean cross-entropy
+    over the row's counted tokens (for ``causal-lm`` each token is predicted from those before it).
+    """
+    labels = batch["labels"]
+    if objective == "classification":
+        return F.cross_entropy(mask_logits(logits, active), labels, reduction="none", ignore_index=IGNORED)
+    if objective == "regression":
+        return (_outputs(logits) - _targets(labels, logits)).square().mean(1)
+    losses_BT, counted_BT = _token_losses(objective, logits, labels)
+    return losses_BT.sum(1) / counted_BT.sum(1).clamp(min=1)
+
+
+def score_rows(objective: Objective, logits: Tensor, batch: Batch, active: Tensor | None = None) -> dict[str, Tensor]:
+    """Scores of each row, higher is better, float32 (B,); the first is the primary one of the matrix R.
+
+    Classification: ``accuracy`` (1 or 0). Regression: ``negative squared error`` (mean over outputs). Language models:
+    ``log-likelihood per token`` and ``exact match`` (every counted token is the most likely one, which is the same as an
+    exact match of greedy decoding).
+    """
+    labels = batch["labels"]
+    if objective == "classification":
+        right_B = mask_logits(logits, active).argmax(-1) == labels
+        return {PRIMARY[objective]: right_B.to(torch.float32)}
+    if objective == "regression":
+        return {PRIMARY[objective]: -(_outputs(logits) - _targets(labels, logits)).square().mean(1).float()}
+    losses_BT, counted_BT = _token_losses(objective, logits, labels)
+    shifted_logits, shifted_labels = _shift(objective, logits, labels)
+    right_BT = (shifted_logits.argmax(-1) == shifted_labels) | ~counted_BT
+    mean_B = losses_BT.sum(1) / counted_BT.sum(1).clamp(min=1)
+    return {PRIMARY[objective]: -mean_B.float(), "exact match": right_BT.all(1).to(torch.float32)}
+
+
+def mask_logits(logits: Tensor, active: Tensor | None) -> Tensor:
+    """Logits with -inf where a class does not compete."""
+    return logits if active is None else logits.masked_fill(~active, -torch.inf)
+
+
+def active_classes(
+    competition: Competition, owner_K: Tensor, labels_B: Tensor, *, all_seen: bool
+) -> Tensor | None:
+    """Which classes compete for each row: bool (K,), (B, K), or None for all.
+
+    Args:
+        competition: ``seen`` every class met so far, ``experience`` those of the experience that the row's class
+            belongs to, ``all`` every output there is.
+        owner_K: int64 (K,), the experience that a class belongs to (the latest one), -1 for one not yet met.
+        labels_B: int64 (B,), -100 allowed.
+        all_seen: whether no entry of ``owner_K`` is -1, known without asking the device.
+    """
+    if competition == "experience":
+        return owner_K == owner_K[labels_B.clamp(min=0)][:, None]
+    if competition == "seen" and not all_seen:
+        return owner_K >= 0
+    return None
+
+
+def _outputs(logits: Tensor) -> Tensor:
+    return logits.reshape(logits.shape[0], -1)
+
+
+def _targets(labels: Tensor, logits: Tensor) -> Tensor:
+    targets = labels.reshape(labels.shape[0], -1).to(logits.dtype)
+    if targets.shape != _outputs(logits).shape:
+        raise ModelError(
+            f"the model gives {tuple(_outputs(logits).shape[1:])} outputs a row and the labels have "
+            f"{tuple(targets.shape[1:])}: give the model as many outputs as there are targets."
+        )
+    return targets
+
+
+def _shift(objective: Objective, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return (logits[:, :-1], labels[:, 1:]) if objective == "causal-lm" else (logits, labels)
+
+
+def _token_losses(objective: Objective, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logits, labels = _shift(objective, logits, labels)
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=IGNORED)
+    return losses.view(labels.shape), labels != IGNORED

@@ -1,0 +1,46 @@
+"""Which parts there are: ``slot`` → ``kind`` → where its class lies. Nothing is imported until it is used."""
+
+from __future__ import annotations
+
+from continual.errors import SpecError, unknown
+from continual.parts.part import SLOTS, Part, Slot
+from continual.spec import load_object
+
+PARTS: dict[Slot, dict[str, str]] = {
+    "adapter": {
+        "lora": "continual.parts.adapter.lora:LoRA",
+        "adalora": "continual.parts.adapter.adalora:AdaLoRA",
+    },
+    "head": {
+        "linear": "continual.parts.head.linear:LinearHead",
+        "nearest-mean": "continual.parts.head.nearest_mean:NearestMeanHead",
+    },
+    "replay": {"rehearsal": "continual.parts.replay.rehearsal:Rehearsal"},
+    "penalty": {"ewc": "continual.parts.penalty.ewc:EWC"},
+    "distillation": {},
+    "projection": {},
+    "recall": {},
+}
+
+
+def part_class(slot: Slot, kind: str, where: str) -> type[Part]:
+    """The class behind ``kind`` in ``slot``, or behind ``package.module:Class``.
+
+    Raises:
+        SpecError: there is no such part; the nearest name is offered.
+    """
+    if ":" in kind:
+        found = load_object(kind, where)
+        if not (isinstance(found, type) and issubclass(found, Part)):
+            raise SpecError(f"{where}: '{kind}' is not a part: derive it from continual.parts.Part.")
+        if found.slot != slot:
+            raise SpecError(f"{where}: '{kind}' belongs under '{found.slot}', not under '{slot}'.")
+        return found
+    if kind not in PARTS[slot]:
+        raise SpecError(f"{where}: {unknown(f'{slot} kind', kind, PARTS[slot])}")
+    found = load_object(PARTS[slot][kind], where)
+    assert issubclass(found, Part)
+    return found
+
+
+__all__ = ["PARTS", "SLOTS", "part_class"]

@@ -1,0 +1,120 @@
+"""Named random generators derived from one root seed.
+
+Every consumer draws from its own stream of numbers, so that adding a consumer never shifts another's draws. The draws
+that frameworks make for themselves (dropout, initialisation) happen inside :meth:`Randomness.framework`, which swaps the
+process-wide generators for ours and puts the user's back afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def derive_seed(root: int, name: str) -> int:
+    """A seed in [0, 2**63) that depends on both ``root`` and ``name`` (SHA-256 of the two)."""
+    digest = hashlib.sha256(f"{root}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class Randomness:
+    """All generators of one learner.
+
+    Args:
+        seed: the root seed, any integer.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = int(seed)
+        self._generators: dict[str, torch.Generator] = {}
+        self._framework: dict[str, Any] | None = None
+        self._inside = False
+
+    def generator(self, name: str) -> torch.Generator:
+        """The CPU generator called ``name``; the same object at every call."""
+        if name not in self._generators:
+            self._generators[name] = torch.Generator().manual_seed(derive_seed(self.seed, name))
+        return self._generators[name]
+
+    @contextmanager
+    def framework(self) -> Iterator[None]:
+        """Run a block under our own global generators (torch CPU and CUDA, numpy, random); the user's are put back."""
+        if self._inside:
+            yield
+            return
+        users = _read_globals()
+        self._inside = True
+        try:
+            if self._framework is None:
+                _seed_globals(derive_seed(self.seed, "framework"))
+            else:
+                _write_globals(self._framework)
+            yield
+        finally:
+            self._framework = _read_globals()
+            self._inside = False
+            _write_globals(users)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values; correct also when called inside :meth:`framework`."""
+        framework = _read_globals() if self._inside else self._framework
+        return {
+            "seed": self.seed,
+            "generators": {name: generator.get_state() for name, generator in sorted(self._generators.items())},
+            "framework": framework,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``; inside :meth:`framework` the process-wide generators are set as well."""
+        self.seed = int(state["seed"])
+        self._generators = {}
+        for name, value in state["generators"].items():
+            self._generators[name] = torch.Generator()
+            self._generators[name].set_state(value)
+        self._framework = state["framework"]
+        if self._inside and self._framework is not None:
+            _write_globals(self._framework)
+
+
+def _seed_globals(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the legacy generator is the one that libraries draw from
+    random.seed(seed)
+
+
+def _read_globals() -> dict[str, Any]:
+    python = random.getstate()
+    legacy = np.random.get_state(legacy=True)  # noqa: NPY002
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": list(cuda),
+        "python": {"version": python[0], "words": torch.tensor(python[1], dtype=torch.int64), "gauss": python[2]},
+        "numpy": {
+            "keys": torch.from_numpy(np.asarray(legacy[1]).astype(np.int64)),
+            "position": int(legacy[2]),
+            "has_gauss": int(legacy[3]),
+            "gauss": float(legacy[4]),
+        },
+    }
+
+
+def _write_globals(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    cuda: list[Tensor] = list(state["cuda"])
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(cuda)
+    python = state["python"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    legacy = state["numpy"]
+    keys = legacy["keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, legacy["position"], legacy["has_gauss"], legacy["gauss"]))  # noqa: NPY002

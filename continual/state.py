@@ -1,0 +1,197 @@
+"""State on disk and back: safetensors for tensors, JSON for the rest; nothing pickled, nothing half-written.
+
+A state is any nesting of dicts (with string keys), lists, tensors and plain JSON values. It is written to a temporary
+folder beside its place, flushed to the disk, sealed with the SHA-256 of each file and renamed, so that a reader sees the
+old state or the new one and never a part of either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from continual.errors import StateError
+
+_TENSOR = "$tensor"
+_FLOAT = "$float"
+_SEAL = "seal.json"
+_SAFE_NAME = re.compile(r"[A-Za-z0-9._+-]+")
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> int:
+    """Write ``state`` as ``folder``, replacing what is there in one rename; returns the bytes written.
+
+    Raises:
+        StateError: the disk is full or the place cannot be written; what was there before is untouched.
+    """
+    folder = Path(folder)
+    tensors: dict[str, Tensor] = {}
+    plain = _flatten(state, tensors)
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / "tensors.safetensors")
+        (temporary / "state.json").write_text(json.dumps(plain, allow_nan=False), encoding="utf-8")
+        seal_folder(temporary)
+        size = sum(path.stat().st_size for path in temporary.iterdir())
+        replace_folder(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise StateError(
+            f"the state could not be written to '{folder}' ({error}); what was there before is untouched: "
+            "free some space or name another folder, then run the command again."
+        ) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return size
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Read what :func:`save_state` wrote, after checking every file against its seal.
+
+    Raises:
+        StateError: nothing there, a file missing, or a byte changed.
+    """
+    folder = Path(folder)
+    recover_folder(folder)
+    check_seal(folder)
+    try:
+        plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "tensors.safetensors")
+        state = _unflatten(plain, tensors)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise StateError(f"the state in '{folder}' is damaged ({error}): use an earlier one.") from error
+    assert isinstance(state, dict)
+    return state
+
+
+def seal_folder(folder: Path) -> None:
+    """Flush every file of ``folder`` and write ``seal.json``: the SHA-256 of each."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != _SEAL:
+            digests[path.relative_to(folder).as_posix()] = file_sha256(path)
+            _flush(path)
+    (folder / _SEAL).write_text(json.dumps(digests, indent=1), encoding="utf-8")
+    _flush(folder / _SEAL)
+    _flush(folder)
+
+
+def check_seal(folder: Path) -> None:
+    """Raise :class:`StateError` unless every file of ``folder`` is there and unchanged."""
+    if not (folder / _SEAL).is_file():
+        raise StateError(f"'{folder}' holds no saved state: name a folder that was written by continual.")
+    try:
+        digests = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
+        items = [(str(name), str(digest)) for name, digest in digests.items()]
+    except (ValueError, AttributeError) as error:
+        raise StateError(f"the seal of '{folder}' is damaged ({error}): use an earlier state.") from error
+    for name, digest in items:
+        path = folder / name
+        if Path(name).is_absolute() or not all(_SAFE_NAME.fullmatch(p) and p != ".." for p in Path(name).parts):
+            raise StateError(f"the seal of '{folder}' names a file outside it ('{name}'): do not trust this folder.")
+        if not path.is_file() or path.is_symlink():
+            raise StateError(f"'{path}' is missing: the state is incomplete, use an earlier one.")
+        if file_sha256(path) != digest:
+            raise StateError(f"'{path}' is not what was written (its SHA-256 differs): use an earlier state.")
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Rename ``temporary`` to ``folder``; what was there is moved aside first and removed last."""
+    aside = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.old"
+    if folder.exists():
+        os.rename(folder, aside)
+    os.rename(temporary, folder)
+    _flush(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Put back what :func:`replace_folder` had moved aside when it was killed between its two renames."""
+    if not folder.exists() and folder.parent.is_dir():
+        for aside in sorted(folder.parent.glob(f".{folder.name}.*.old")):
+            os.rename(aside, folder)
+            return
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old text or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _flush(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StateError(
+            f"'{path}' could not be written ({error}): free some space or name another folder, then run it again."
+        ) from error
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in a nesting of dicts and lists."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(tensor_bytes(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return sum(tensor_bytes(item) for item in value)
+    return 0
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        key = str(len(tensors))
+        tensors[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {_TENSOR: key}
+    if isinstance(value, dict):
+        for key in value:
+            assert isinstance(key, str) and key not in (_TENSOR, _FLOAT), f"state keys are plain strings, not {key!r}"
+        return {key: _flatten(item, tensors) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_flatten(item, tensors) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_FLOAT: repr(value)}
+    assert value is None or isinstance(value, bool | int | float | str), f"a state cannot hold {type(value)}"
+    return value
+
+
+def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {_TENSOR}:
+            return tensors[value[_TENSOR]]
+        if set(value) == {_FLOAT}:
+            return float(value[_FLOAT])
+        return {key: _unflatten(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unflatten(item, tensors) for item in value]
+    return value
