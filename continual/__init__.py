@@ -1,1 +1,57 @@
+"""Keeps a model learning from a stream of tasks and proves, after every update, what it still remembers.
 
+``Learner``, ``Strategy``, ``Stream``, ``Monitor``, ``Experience`` and ``Training`` are here; importing the package loads
+none of the heavy libraries until one of them is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from continual.errors import ContinualError as ContinualError
+    from continual.learner import Learner as Learner
+    from continual.learner import Run as Run
+    from continual.learner import Update as Update
+    from continual.monitor.monitor import Monitor as Monitor
+    from continual.parts.context import TrainingContext as TrainingContext
+    from continual.strategy import Strategy as Strategy
+    from continual.strategy import Training as Training
+    from continual.streams.check import check_stream as check_stream
+    from continual.streams.experience import Experience as Experience
+    from continual.streams.stream import Stream as Stream
+
+_WHERE = {
+    "ContinualError": "continual.errors",
+    "Experience": "continual.streams.experience",
+    "Learner": "continual.learner",
+    "Monitor": "continual.monitor.monitor",
+    "Run": "continual.learner",
+    "Strategy": "continual.strategy",
+    "Stream": "continual.streams.stream",
+    "Training": "continual.strategy",
+    "TrainingContext": "continual.parts.context",
+    "Update": "continual.learner",
+    "check_stream": "continual.streams.check",
+}
+
+__all__ = [
+    "ContinualError",
+    "Experience",
+    "Learner",
+    "Monitor",
+    "Run",
+    "Strategy",
+    "Stream",
+    "Training",
+    "TrainingContext",
+    "Update",
+    "check_stream",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'continual' has no attribute '{name}'")

@@ -127,6 +127,12 @@ class Part:
         """``slot/kind``, as reports and error messages call it."""
         return f"{self.slot}/{self.kind}"
 
+    @property
+    def reference(self) -> str:
+        """The ``kind`` that finds this class again: its short name, or ``package.module:Class`` for one of the user's."""
+        own = type(self).__module__.startswith("continual.")
+        return self.kind if own else f"{type(self).__module__}:{type(self).__qualname__}"
+
     def attach(self, context: Context) -> None:
         """Called once, before any other hook and again after loading; the part keeps ``context``."""
         self.context = context

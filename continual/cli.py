@@ -1,0 +1,215 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from continual.errors import ContinualError
+
+app = typer.Typer(
+    name="continual",
+    help="Keeps a model learning from a stream of tasks and proves, after every update, what it still remembers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", help="Folder with the data of the stream.", envvar="CONTINUAL_DATA", show_envvar=True),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 …")]
+
+
+@app.command("run")
+def run_command(
+    stream: Annotated[str, typer.Argument(help="A stream of `continual list`, or a YAML file.")],
+    strategy: Annotated[str, typer.Argument(help="A strategy of `continual list`, or a YAML file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints, result.json and figures.")],
+    seed: Annotated[int, typer.Option("--seed", help="Root of every random draw.")] = 0,
+    data: Data = None,
+    model: Annotated[str | None, typer.Option("--model", help="HF name or folder, mlp, or package.module:Class.")] = None,
+    scenario: Annotated[str | None, typer.Option("--scenario", help="task, domain or class; default: the stream's.")] = None,
+    device: Device = "auto",
+    precision: Annotated[str | None, typer.Option("--precision", help="fp32 or bf16; default: the strategy's.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Override of the strategy, such as training.lr=0.01. Repeatable.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the out folder.")] = False,
+    save_every: Annotated[int, typer.Option("--save-every", min=1, help="Optimiser steps between checkpoints.")] = 500,
+    track: Annotated[str | None, typer.Option("--track", help="Tracker of accelerate, such as tensorboard.")] = None,
+) -> None:
+    """Run one strategy over one stream; print what is still known after every update."""
+    from continual.report import write_run_figures
+    from continual.run import run_cell
+
+    overrides = _settings(settings)
+    if precision is not None:
+        overrides["training.precision"] = precision
+    result = run_cell(
+        stream,
+        strategy,
+        seed=seed,
+        out=out,
+        data=data,
+        model=model,
+        scenario=scenario,
+        device=device,
+        resume=resume,
+        overrides=overrides,
+        save_every=save_every,
+        track=track,
+        on_update=lambda update: print(update, end="\n\n", flush=True),
+    )
+    page = write_run_figures(out)
+    shown = {name: value for name, value in result["metrics"].items() if value is not None}
+    print(f"{result['stream']} · {result['strategy']} · seed {result['seed']}")
+    print("  ".join(f"{name} {value:.3f}" for name, value in shown.items()))
+    print(f"{out / 'result.json'} · {page}")
+
+
+@app.command("study")
+def study_command(
+    file: Annotated[Path, typer.Argument(help="The study's YAML file.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the runs; default: runs/ and its name.")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes at a time.")] = 1,
+    data: Data = None,
+    device: Device = "auto",
+    page: Annotated[Path | None, typer.Option("--report", help="Where the page goes as well.")] = None,
+) -> None:
+    """Run strategies × streams × seeds; a finished cell is never run twice."""
+    from continual.study import Study, run_study
+
+    study = Study.load(file)
+    folder = out or Path("runs") / (file.parent.name if file.stem == "study" else file.stem)
+    outcomes = run_study(study, folder, workers=workers, data=data, device=device)
+    table = folder / "report.md"
+    if table.is_file():
+        print(table.read_text(encoding="utf-8"))
+    if page is not None and (folder / "report.html").is_file():
+        from continual.state import write_text
+
+        write_text(page, (folder / "report.html").read_text(encoding="utf-8"))
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    for outcome in failed:
+        print(f"failed: {outcome.cell.label}: {outcome.message}", file=sys.stderr)
+    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} cells done · {page or folder / 'report.html'}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command("report")
+def report_command(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders with runs below them.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
+    title: Annotated[str, typer.Option("--title", help="Its title.")] = "What is still known",
+) -> None:
+    """Write one self-contained page about runs, and print their table."""
+    from continual.report import load_results, markdown_table, write_page
+
+    results = load_results(folders)
+    write_page(results, out, title)
+    print(markdown_table(results))
+    print(out)
+
+
+@app.command("list")
+def list_command(
+    parts: Annotated[bool, typer.Option("--parts", help="Also the parts that a strategy can be made of.")] = False,
+) -> None:
+    """Name the streams and strategies that are there."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from continual.library import Kind, find_spec, library_names
+    from continual.spec import read_yaml
+
+    console = Console(soft_wrap=False)
+    kinds: tuple[Kind, ...] = ("streams", "strategies")
+    for kind in kinds:
+        table = Table("name", "what it is", box=None, pad_edge=False, title=kind, title_justify="left")
+        for name in library_names(kind):
+            table.add_row(name, str(read_yaml(find_spec(kind, name)).get("summary", "")))
+        console.print(table, end="\n\n")
+    if parts:
+        from continual.parts.registry import PARTS
+
+        table = Table("slot", "kinds", box=None, pad_edge=False, title="parts", title_justify="left")
+        for slot, found in PARTS.items():
+            if found:
+                table.add_row(slot, ", ".join(sorted(found)))
+        console.print(table)
+
+
+@app.command("check")
+def check_command(
+    file: Annotated[str, typer.Argument(help="A stream, strategy or study: a YAML file or a name.")],
+    data: Data = None,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema instead: FILE is stream, strategy or study.")
+    ] = False,
+) -> None:
+    """Say what is wrong with a stream, a strategy or a study, before anything runs."""
+    from continual.checking import check_file, schema_of
+
+    if schema:
+        print(schema_of(file))
+        return
+    findings = check_file(file, data=data, seed=seed)
+    for sentence in findings.wrong:
+        print(sentence, file=sys.stderr)
+    for sentence in findings.right:
+        print(sentence)
+    if findings.wrong:
+        raise typer.Exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(installed("continual-memory"))
+        raise typer.Exit()
+
+
+def main() -> NoReturn:
+    """Console script: the user's mistakes are one sentence on standard error and status 1."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except ContinualError as error:
+        print(f"continual: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("continual: stopped; run the same command with --resume to go on.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _settings(given: list[str] | None) -> dict[str, Any]:
+    import yaml
+
+    from continual.errors import SpecError
+
+    found: dict[str, Any] = {}
+    for entry in given or []:
+        key, mark, value = entry.partition("=")
+        if not mark or not key:
+            raise SpecError(f"--set '{entry}' has no value: write it as key=value, such as training.lr=0.01.")
+        found[key] = yaml.safe_load(value)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The whole state of a learner as tensors and plain values, and tables among them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from continual.errors import StateError
+from continual.table import Ragged, Table, TensorTable
+
+FORMAT = 1
+
+
+def table_state(table: Table) -> dict[str, Any]:
+    """Every column of a batch, copied: dense ones as they are, token columns row after row."""
+    everything = table[torch.arange(len(table))]
+    mask = everything.pop("attention_mask", None)
+    state: dict[str, Any] = {"dense": {}, "ragged": {}}
+    for name, column in everything.items():
+        if mask is not None and column.shape == mask.shape and name in ("input_ids", "labels"):
+            kept = mask.bool()
+            state["ragged"][name] = {"values": column[kept].to(torch.int32), "lengths": mask.sum(1), "pad": _pad(column, mask)}
+        else:
+            state["dense"][name] = column
+    return state
+
+
+def table_from_state(state: dict[str, Any]) -> TensorTable:
+    """What :func:`table_state` kept."""
+    columns: dict[str, Tensor | Ragged | list[Any]] = dict(state["dense"])
+    for name, entry in state["ragged"].items():
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), entry["lengths"].cumsum(0)])
+        columns[name] = Ragged(entry["values"], offsets, entry["pad"])
+    return TensorTable(columns)
+
+
+def check_same(what: str, saved: object, given: object) -> None:
+    """Raise :class:`StateError` when a state is of another ``what`` than the one it is loaded for."""
+    if saved != given:
+        raise StateError(
+            f"the saved state belongs to another {what} (saved {_short(saved)}, given {_short(given)}): resume it with "
+            f"the {what} it was made with, or name another out folder."
+        )
+
+
+def _pad(column: Tensor, mask: Tensor) -> int:
+    padded = column[~mask.bool()]
+    return int(padded[0]) if padded.numel() else 0
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return f"'{text}'" if len(text) <= 40 else f"'{text[:12]}…'"

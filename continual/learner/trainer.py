@@ -1,0 +1,250 @@
+"""The loop over the rows of one experience."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from continual.errors import TrainingError
+from continual.learner.optimizer import set_rate
+from continual.models.output import Output
+from continual.monitor.evaluation import evaluating, score_tables
+from continual.parts.context import TrainingContext, not_finite
+from continual.strategy import Training
+from continual.streams.batching import training_batches
+from continual.streams.experience import Experience
+from continual.table import Batch, Table, TensorTable, View, to_device
+
+LOOK_EVERY = 16
+"""Steps between two looks at the loss on an accelerator; steps with a loss that is not finite are skipped on the device."""
+
+
+@dataclass
+class Progress:
+    """Where in an experience the training stands, and what it has cost so far."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    done: bool = False
+    order: Tensor | None = None
+    best_score: float | None = None
+    best_epoch: int = 0
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    stopped_early: bool = False
+    rows: int = 0
+    seconds: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return dict(vars(self))
+
+
+class Trainer:
+    """Runs the optimiser's steps of one experience, from any position.
+
+    Args:
+        checkpoint: called with the progress after every ``save_every`` steps.
+        log: called with a dict of figures and the step, where trackers want them.
+    """
+
+    def __init__(
+        self,
+        context: TrainingContext,
+        training: Training,
+        accelerator: Accelerator,
+        *,
+        save_every: int | None = None,
+        checkpoint: Callable[[Progress], None] | None = None,
+        log: Callable[[dict[str, float], int], None] | None = None,
+        show_progress: bool | None = None,
+    ) -> None:
+        self.context, self.training, self.accelerator = context, training, accelerator
+        self.save_every, self.checkpoint, self.log = save_every, checkpoint, log
+        self.show_progress = show_progress
+        self._on_device = context.device.type != "cpu"
+        self._recent: list[tuple[int, list[tuple[str, Tensor]], Batch]] = []
+        self._bad: Tensor | None = None
+
+    def fit(self, experience: Experience, progress: Progress) -> Progress:
+        """Train until the epochs or iterations are done; ``progress`` says where to begin and is kept up to date.
+
+        Raises:
+            TrainingError: a loss that is not finite.
+        """
+        context, training = self.context, self.training
+        optimizer = context.optimizer
+        if optimizer is None or not context.parameters():
+            progress.done = True
+        if progress.done:
+            return progress
+        assert optimizer is not None
+        table = place(experience.train, context.device)
+        generator = context.randomness.generator("order")
+        context.step, context.epoch = progress.step, progress.epoch
+        self._model = self._wrapped()
+        started, before = time.perf_counter(), progress.seconds
+        bar = tqdm(
+            total=context.steps,
+            initial=progress.step,
+            desc=experience.name,
+            disable=None if self.show_progress is None else not self.show_progress,
+            leave=False,
+        )
+        context.model.train()
+        try:
+            while not progress.done:
+                if progress.batch == 0:
+                    progress.order = generator.get_state()
+                else:
+                    assert progress.order is not None
+                    generator.set_state(progress.order)
+                groups = training_batches(table.lengths, len(table), training.batch_size, generator)
+                for start in range(progress.batch, len(groups), training.accumulate):
+                    self._step(optimizer, table, groups[start : start + training.accumulate], progress)
+                    progress.batch = start + training.accumulate
+                    progress.step = context.step
+                    progress.seconds = before + time.perf_counter() - started
+                    bar.update()
+                    if training.iterations is not None and progress.step >= training.iterations:
+                        progress.done = True
+                        break
+                    if self.save_every and progress.step % self.save_every == 0 and self.checkpoint:
+                        self._look()
+                        if progress.batch < len(groups):
+                            self.checkpoint(progress)
+                progress.epoch += 1
+                progress.batch = 0
+                context.epoch = progress.epoch
+                if training.iterations is None and progress.epoch >= (training.epochs or 1):
+                    progress.done = True
+                if training.early_stopping is not None:
+                    self._early_stopping(experience, progress)
+            self._look()
+        finally:
+            bar.close()
+            optimizer.zero_grad(set_to_none=True)
+        progress.seconds = before + time.perf_counter() - started
+        return progress
+
+    def _step(
+        self, optimizer: torch.optim.Optimizer, table: Table, groups: list[Tensor], progress: Progress
+    ) -> None:
+        context = self.context
+        optimizer.zero_grad(set_to_none=True)
+        set_rate(optimizer, self.training, context.step, context.steps)
+        for index_B in groups:
+            full = context.extend(to_device(table[index_B], context.device))
+            whole_rows = context.current_rows
+            batch, scale = self._shard(full)
+            with context.autocast():
+                output: Output = self._model(batch)
+            terms = context.terms(batch, output)
+            context.current_rows = whole_rows
+            loss = terms[0][1] if len(terms) == 1 else torch.stack([term for _, term in terms]).sum()
+            self._watch(optimizer, loss, terms, batch)
+            scale = scale / len(groups)
+            self.accelerator.backward(loss if scale == 1 else loss * scale)
+            context.keep(full, output if batch is full else self._gathered(output, len(full["labels"])))
+            progress.rows += len(full["labels"])
+        context.edit_gradients()
+        if self.training.clip is not None:
+            nn.utils.clip_grad_norm_(list(context.parameters().values()), self.training.clip)
+        optimizer.step()
+        context.after_step()
+        if self.log is not None and context.step % 50 == 0:
+            self.log({f"train/{name}": float(term.detach()) for name, term in terms}, context.step)
+
+    def _watch(
+        self, optimizer: torch.optim.Optimizer, loss: Tensor, terms: list[tuple[str, Tensor]], batch: Batch
+    ) -> None:
+        if not self._on_device:
+            if not torch.isfinite(loss):
+                raise not_finite(self.context.step, terms, batch)
+            return
+        bad = (~torch.isfinite(loss.detach())).to(torch.float32)
+        self._bad = bad if self._bad is None else torch.maximum(self._bad, bad)
+        optimizer.found_inf = self._bad  # type: ignore[attr-defined]
+        self._recent.append((self.context.step, [(name, term.detach()) for name, term in terms], batch))
+        if len(self._recent) >= LOOK_EVERY:
+            self._look()
+
+    def _look(self) -> None:
+        if self._bad is not None and bool(self._bad):
+            for step, terms, batch in self._recent:
+                if not all(bool(torch.isfinite(term)) for _, term in terms):
+                    raise not_finite(step, terms, batch)
+        self._recent.clear()
+
+    def _early_stopping(self, experience: Experience, progress: Progress) -> None:
+        context, rule = self.context, self.training.early_stopping
+        assert rule is not None
+        if experience.valid is None or len(experience.valid) == 0:
+            raise TrainingError(
+                f"training.early_stopping needs rows to select on, and experience '{experience.name}' has no valid rows: "
+                "give it some, or leave early_stopping out (it never looks at test rows)."
+            )
+        with evaluating(context.model):
+            scores = score_tables(
+                [experience.valid], context.forward, context.active_at_test, context.objective, context.device
+            )
+        score = float(next(iter(scores[0].values())).double().mean())
+        if progress.best_score is None or score > progress.best_score + rule.min_delta:
+            progress.best_score, progress.best_epoch = score, progress.epoch
+            progress.best_weights = {n: p.detach().clone() for n, p in context.parameters().items()}
+        elif progress.epoch - progress.best_epoch >= rule.patience and not progress.done:
+            progress.done = progress.stopped_early = True
+        if progress.done:
+            with torch.no_grad():
+                for name, parameter in context.parameters().items():
+                    parameter.copy_(progress.best_weights[name])
+            progress.best_weights = {}
+
+    def _wrapped(self) -> nn.Module:
+        if self.accelerator.num_processes == 1:
+            return self.context.model
+        model: nn.Module = self.accelerator.prepare_model(self.context.model)
+        return model
+
+    def _shard(self, batch: Batch) -> tuple[Batch, float]:
+        """This process's rows of a batch that every process has drawn alike, and what its mean loss counts for."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if world == 1:
+            return batch, 1.0
+        mine = {name: column[rank::world] for name, column in batch.items()}
+        self.context.current_rows = len(range(rank, self.context.current_rows, world))
+        weights = batch.get("weight")
+        share = (
+            len(mine["labels"]) / len(batch["labels"])
+            if weights is None
+            else float(mine["weight"].sum() / weights.sum())
+        )
+        return mine, share * world
+
+    def _gathered(self, output: Output, size: int) -> Output:
+        """The output for all rows of the batch, in their order."""
+        world = self.accelerator.num_processes
+
+        def whole(rows: Tensor) -> Tensor:
+            parts = self.accelerator.gather(self.accelerator.pad_across_processes(rows.detach().contiguous()))
+            return parts.view(world, -1, *rows.shape[1:]).transpose(0, 1).flatten(0, 1)[:size]
+
+        return Output(whole(output.logits), None if output.features is None else whole(output.features))
+
+
+def place(table: Table, device: torch.device) -> Table:
+    """The table with its dense columns on an accelerator, so that a batch is one gather there; others stay as they are."""
+    if device.type == "cpu":
+        return table
+    base = table.base if isinstance(table, View) else table
+    if not isinstance(base, TensorTable) or base.lengths is not None:
+        return table
+    moved = base.to(device)
+    return moved.select(table.index_N.to(device)) if isinstance(table, View) else moved

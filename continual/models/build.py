@@ -1,0 +1,116 @@
+"""From what the user names to a :class:`~continual.models.model.Model`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from continual.errors import ModelError, SpecError, quoted
+from continual.models.mlp import MLP
+from continual.models.model import Model
+from continual.models.module import UserModule
+from continual.models.spec import MLPSpec, ModuleSpec, PretrainedSpec, parse_model_spec
+from continual.objective import Objective
+from continual.spec import load_object
+from continual.table import Batch
+
+_FEATURES: tuple[Objective, ...] = ("classification", "regression")
+
+
+def build_model(
+    spec: str | Mapping[str, Any] | nn.Module,
+    *,
+    objective: Objective,
+    example: Batch | None = None,
+    device: torch.device | str = "cpu",
+) -> Model:
+    """The model that ``spec`` names, on ``device``.
+
+    Initial weights and the constructors of users' modules draw from the process-wide generators: call it inside
+    :meth:`~continual.randomness.Randomness.framework`, as the learner does.
+
+    Args:
+        spec: ``mlp``, ``package.module:Class``, a model of the Hugging Face hub or a local folder; a mapping with a
+            ``kind`` (``Model.spec`` among them); a torch module that gives logits; or a finished model, which is
+            returned as it is.
+        objective: what it is trained for.
+        example: a batch of the rows to come; an mlp takes the number of its inputs from it.
+
+    Raises:
+        SpecError: an unknown kind or key, or a class that cannot be imported.
+        ModelError: the model cannot be found or made, or cannot be trained for the objective.
+    """
+    model = _build(spec, objective, example)
+    if objective not in model.objectives:
+        raise ModelError(
+            f"this model cannot be trained for {objective}, only for {quoted(model.objectives)}: name a model that can."
+        )
+    return model.to(torch.device(device))
+
+
+def _build(spec: str | Mapping[str, Any] | nn.Module, objective: Objective, example: Batch | None) -> Model:
+    if isinstance(spec, Model):
+        return spec
+    if isinstance(spec, nn.Module):
+        name = f"{type(spec).__module__}:{type(spec).__qualname__}"
+        return _user_model(spec, objective, {"kind": "object", "class": name})
+    if isinstance(spec, Mapping) and spec.get("kind") == "object":
+        raise ModelError(
+            f"the model was an object of '{spec.get('class')}' that was handed in: hand it in again to go on with it."
+        )
+    settings = parse_model_spec(spec)
+    if isinstance(settings, PretrainedSpec):
+        from continual.models.pretrained import load_pretrained
+
+        return load_pretrained(settings, objective)
+    if isinstance(settings, ModuleSpec):
+        return _user_model(_construct(settings), objective, settings.model_dump(by_alias=True))
+    return _mlp(settings, example)
+
+
+def _mlp(settings: MLPSpec, example: Batch | None) -> Model:
+    inputs = settings.inputs
+    if example is not None and "inputs" not in example:
+        raise ModelError(
+            f"an mlp reads the column 'inputs', and these rows have {quoted(sorted(example))}: "
+            "use a pretrained model for text."
+        )
+    if inputs is None:
+        if example is None:
+            raise ModelError("an mlp must know how many inputs a row has: give it rows, or the key 'inputs'.")
+        inputs = example["inputs"][0].numel()
+    backbone = MLP(inputs, settings.hidden, settings.activation, settings.dropout)
+    return Model(
+        backbone,
+        gives_features=True,
+        objectives=_FEATURES,
+        spec={**settings.model_dump(), "hidden": list(settings.hidden), "inputs": inputs},
+        feature_size=backbone.feature_size,
+    )
+
+
+def _construct(settings: ModuleSpec) -> nn.Module:
+    found = load_object(settings.class_, "the model")
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise SpecError(f"the model: '{settings.class_}' is not a torch module: name a subclass of torch.nn.Module.")
+    try:
+        return found(**settings.arguments)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"'{settings.class_}' could not be made ({error}): see to 'arguments'.") from error
+
+
+def _user_model(module: nn.Module, objective: Objective, spec: dict[str, Any]) -> Model:
+    backbone: nn.Module = UserModule(module, objective)
+    if objective == "seq2seq":
+        from continual.models.transformer import LanguageModel
+
+        if not hasattr(module, "prepare_decoder_input_ids_from_labels"):
+            raise ModelError(
+                f"{type(module).__name__} has no prepare_decoder_input_ids_from_labels(labels), which seq2seq "
+                "feeds the decoder with: add it, or name a model of Hugging Face."
+            )
+        backbone = LanguageModel(module, seq2seq=True)
+    return Model(backbone, gives_features=False, objectives=(objective,), spec=spec)

@@ -1,0 +1,119 @@
+"""LoRA over many tasks: the base stays frozen, low-rank factors learn.
+
+Source: Hu et al. 2021 (arXiv 2106.09685); the orthogonality-free half of O-LoRA (Wang et al. 2023, arXiv 2310.14152) is
+``stack``: one adapter a task, the earlier ones frozen and summed. The layers are PEFT's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from continual.parts.adapter.common import Adapters
+from continual.parts.adapter.targets import Target
+from continual.parts.part import Context, Part, Slot
+from continual.spec import Spec
+from continual.streams.experience import Experience
+
+
+class LoRASettings(Spec):
+    """Settings of :class:`LoRA`.
+
+    Attributes:
+        rank: r of every adapter.
+        alpha: the change of a weight is scaled by alpha / r, or by alpha / √r with ``use_rslora`` (arXiv 2312.03732).
+        dropout: of the adapter's input, while it trains.
+        target: ``all-linear``, or names of linear layers (whole, or the end of a name as ``q_proj``).
+        across_tasks: what a later task does. ``continue`` trains the same adapter on. ``stack`` freezes it, keeps it
+            active and adds another. ``merge`` adds it to the base weights for good and starts a fresh one.
+        init: how A and B begin. All of these leave the base weights alone and the model's output as it was; those that
+            alter the base (pissa, olora, corda, loftq) are not offered.
+    """
+
+    kind: Literal["lora"] = "lora"
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target: Target = "all-linear"
+    across_tasks: Literal["continue", "stack", "merge"] = "continue"
+    init: Literal["default", "gaussian", "orthogonal"] = "default"
+    use_rslora: bool = False
+
+    @field_validator("target")
+    @classmethod
+    def _some_target(cls, target: Target) -> Target:
+        return some_target(target)
+
+    @model_validator(mode="after")
+    def _even_rank(self) -> Self:
+        if self.init == "orthogonal" and self.rank % 2:
+            raise ValueError(f"init 'orthogonal' needs an even rank, and rank is {self.rank}: use {self.rank + 1}")
+        return self
+
+
+class LoRA(Part):
+    """One low-rank adapter for all tasks, or one for each (see :class:`LoRASettings`).
+
+    At the first experience the base is frozen and its linear layers are wrapped in place; only the adapter, and a head
+    where there is one, train. ``context.model.adapter_replaced`` says whether the adapter lives for one task only.
+    """
+
+    slot: ClassVar[Slot] = "adapter"
+    Settings: ClassVar[type[Spec]] = LoRASettings
+    settings: LoRASettings
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.adapters = Adapters("lora")
+
+    def begin(self, context: Context, experience: Experience) -> None:
+        """Make, keep, add or replace the adapter.
+
+        Raises:
+            ModelError: the model carries PEFT adapters already.
+            CompositionError: no layer matches ``target``, or the base cannot be merged into.
+        """
+        model: Any = context.model
+        across = self.settings.across_tasks
+        model.adapter_replaced = across != "continue"
+        if not self.adapters.names or across == "stack":
+            self.adapters.add(model, self._config(), self.settings.target)
+        elif across == "merge":
+            self.adapters.replace(model, self._config(), self.settings.target)
+        if across == "merge":
+            self.adapters.check_mergeable()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Names of the adapters in the model, and the folds of those that were merged into it."""
+        return self.adapters.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Rebuild the structure in a pristine model; the adapters' values are loaded with the model."""
+        model: Any = self.context.model
+        model.adapter_replaced = self.settings.across_tasks != "continue"
+        self.adapters.rebuild(model, state, self._config, self.settings.target)
+
+    def nbytes(self) -> int:
+        """Bytes of all adapters: those in the model, and the folds of those merged into it."""
+        return self.adapters.nbytes()
+
+    def _config(self) -> Any:
+        from peft import LoraConfig
+
+        settings = self.settings
+        return LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            use_rslora=settings.use_rslora,
+            init_lora_weights=True if settings.init == "default" else settings.init,
+            bias="none",
+        )
+
+
+def some_target(target: Target) -> Target:
+    """``target`` unless it is an empty list, which a :class:`ValueError` refuses."""
+    if not target:
+        raise ValueError("the list is empty: name linear layers, or write all-linear")
+    return target

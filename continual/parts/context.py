@@ -1,0 +1,298 @@
+"""What parts see of the training, as one object that our learner and a loop of your own both use.
+
+In a loop of your own::
+
+    loop = TrainingContext(model, parts, optimizer, seed=0)
+    for experience in stream:
+        loop.begin(experience)
+        for batch in loop.shuffled(experience.train, batch_size=32):
+            optimizer.zero_grad()
+            loop.backward(batch)
+            optimizer.step()
+            loop.after_step()
+        loop.end()
+
+``model(batch)`` takes a dict of tensors and gives an :class:`~continual.models.output.Output`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from continual.errors import ModelError, TrainingError
+from continual.models.output import Output
+from continual.objective import Competition, Objective, active_classes, loss_rows
+from continual.parts.part import Part, overriding
+from continual.randomness import Randomness
+from continual.streams.batching import evaluation_batches, training_batches
+from continual.streams.experience import Experience, Scenario
+from continual.table import Batch, Table, to_device
+
+# B rows, K classes
+
+
+class TrainingContext:
+    """Drives the parts of one training and shows them what they may see (:class:`~continual.parts.part.Context`).
+
+    Args:
+        model: ``model(batch)`` gives an ``Output``.
+        parts: in the order in which their hooks are called.
+        optimizer: told of parameters that come, go and grow; None while there is none.
+        competition: which classes compete in training.
+        autocast: makes the context manager around each forward pass.
+        forward_with: called in place of ``model`` in training steps, such as a wrapper for several devices.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: Sequence[Part],
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        seed: int = 0,
+        objective: Objective = "classification",
+        scenario: Scenario = "class",
+        competition: Competition = "seen",
+        device: torch.device | None = None,
+        randomness: Randomness | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        batch_size: int = 32,
+    ) -> None:
+        self.model, self.parts, self.optimizer = model, list(parts), optimizer
+        self.objective, self.scenario, self.competition = objective, scenario, competition
+        first = next(model.parameters(), None)
+        self.device = device or (first.device if first is not None else torch.device("cpu"))
+        self.randomness = randomness or Randomness(seed)
+        self.autocast, self.batch_size = autocast, batch_size
+        self.experience: Experience | None = None
+        self.experience_index, self.step, self.steps, self.epoch, self.current_rows = -1, 0, 0, 0, 0
+        self.owner: list[int] = []
+        self.reserve_classes: int | None = None
+        self._owner_K = torch.empty(0, dtype=torch.int64, device=self.device)
+        self._all_seen = False
+        self._parameters: dict[str, nn.Parameter] | None = None
+        self._last: list[tuple[Batch, Output, int]] = []
+        self._extend = overriding(self.parts, "extend")
+        self._loss = [(part, part.loss) for part in self.parts if overriding([part], "loss")]
+        self._edit = overriding(self.parts, "edit_gradients")
+        self._after = overriding(self.parts, "after_step")
+        for part in self.parts:
+            part.attach(self)
+
+    # What parts see
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that train now, by name."""
+        if self._parameters is None:
+            self._parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        return self._parameters
+
+    def forward(self, batch: Batch) -> Output:
+        """``model(batch)`` in the precision of the run."""
+        with self.autocast():
+            output: Output = self.model(batch)
+        return output
+
+    def active(self, batch: Batch) -> Tensor | None:
+        """Which classes compete in training for these rows: bool (K,) or (B, K), None for all."""
+        if self.objective != "classification":
+            return None
+        return active_classes(self.competition, self._owner_K, batch["labels"], all_seen=self._all_seen)
+
+    def active_at_test(self, batch: Batch) -> Tensor | None:
+        """Which classes compete when rows are measured: those of the row's experience in the task scenario, else all seen."""
+        if self.objective != "classification":
+            return None
+        competition: Competition = "experience" if self.scenario == "task" else "seen"
+        return active_classes(competition, self._owner_K, batch["labels"], all_seen=self._all_seen)
+
+    def loss_rows(self, output: Output, batch: Batch) -> Tensor:
+        """The objective's loss of each row, (B,)."""
+        return loss_rows(self.objective, output.logits, batch, self.active(batch))
+
+    def batches(
+        self, table: Table, *, limit: int | None = None, generator: torch.Generator | None = None
+    ) -> Iterator[Batch]:
+        """The rows of a table on the device, once each, similar lengths together; ``limit`` draws so many of them."""
+        if limit is not None and limit < len(table):
+            table = table.select(torch.randperm(len(table), generator=generator)[:limit].sort().values)
+        for index_B in evaluation_batches(table.lengths, len(table), max(self.batch_size, 128)):
+            yield to_device(table[index_B], self.device)
+
+    def replace_parameter(self, old: nn.Parameter, new: nn.Parameter) -> None:
+        """``new`` takes the place of ``old``; the optimiser's state of its first rows is kept, that of new rows is zero."""
+        self._parameters = None
+        if self.optimizer is None:
+            return
+        for group in self.optimizer.param_groups:
+            group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+        state = self.optimizer.state.pop(old, None)
+        if state is not None:
+            self.optimizer.state[new] = {key: _grown(value, old, new) for key, value in state.items()}
+
+    # What a loop calls
+
+    def begin(self, experience: Experience, *, steps: int = 0) -> None:
+        """Call every part's ``begin``; tell the optimiser of parameters that came or went."""
+        self.experience, self.experience_index = experience, experience.index
+        self.step, self.epoch, self.steps = 0, 0, steps
+        for part in overriding(self.parts, "begin"):
+            part(self, experience)
+        if self.reserve_classes is not None:
+            for part in self.parts:
+                if part.slot == "head" and hasattr(part, "grow_to"):
+                    part.grow_to(self.reserve_classes, self)
+        self._parameters = None
+        self._meet(experience)
+        self.sync_optimizer()
+
+    def extend(self, batch: Batch) -> Batch:
+        """The batch with what the parts add to it."""
+        self.current_rows = len(batch["labels"])
+        for extend in self._extend:
+            batch = extend(batch)
+        return batch
+
+    def terms(self, batch: Batch, output: Output) -> list[tuple[str, Tensor]]:
+        """The objective and each part's own term, by name; their sum is the loss."""
+        loss_B = self.loss_rows(output, batch)
+        weight_B = batch.get("weight")
+        mean = loss_B.mean() if weight_B is None else (weight_B * loss_B).sum() / weight_B.sum()
+        terms = [("objective", mean)]
+        for part, loss in self._loss:
+            term = loss(batch, output)
+            if term is not None:
+                terms.append((part.name, term))
+        return terms
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Extend, forward, loss, backward and ``edit_gradients`` of one batch; returns the loss.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        batch = self.extend(batch)
+        output = self.forward(batch)
+        terms = self.terms(batch, output)
+        loss = torch.stack([term for _, term in terms]).sum()
+        if not torch.isfinite(loss):
+            raise not_finite(self.step, terms, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.keep(batch, output)
+        self.edit_gradients()
+        return loss.detach()
+
+    def edit_gradients(self) -> None:
+        """Let the parts change the gradients."""
+        for edit in self._edit:
+            edit()
+
+    def keep(self, batch: Batch, output: Output) -> None:
+        """Remember a forward pass of this step for ``after_step``, where some part wants it."""
+        if self._after:
+            features = None if output.features is None else output.features.detach()
+            self._last.append((batch, Output(output.logits.detach(), features), self.current_rows))
+
+    def after_step(self) -> None:
+        """Tell the parts that the optimiser has stepped."""
+        for batch, output, self.current_rows in self._last:
+            for after in self._after:
+                after(batch, output)
+        self._last.clear()
+        self.step += 1
+
+    def end(self) -> None:
+        """Call every part's ``end``."""
+        assert self.experience is not None, "end() follows begin()"
+        for part in overriding(self.parts, "end"):
+            part(self, self.experience)
+        self._parameters = None
+
+    def shuffled(self, table: Table, batch_size: int) -> Iterator[Batch]:
+        """One epoch of a table in random order, on the device."""
+        self.batch_size = batch_size
+        generator = self.randomness.generator("order")
+        for index_B in training_batches(table.lengths, len(table), batch_size, generator):
+            yield to_device(table[index_B], self.device)
+        self.epoch += 1
+
+    def sync_optimizer(self) -> None:
+        """Take out parameters that no longer train, put in those that now do; what stays keeps its state."""
+        if self.optimizer is None:
+            return
+        wanted = self.parameters()
+        ids = {id(parameter) for parameter in wanted.values()}
+        known: set[int] = set()
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) not in ids:
+                    self.optimizer.state.pop(parameter, None)
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) in ids]
+            known.update(id(parameter) for parameter in group["params"])
+        groups = self.optimizer.param_groups
+        for name, parameter in wanted.items():
+            if id(parameter) not in known:
+                groups[-1 if name.startswith("head.") else 0]["params"].append(parameter)
+
+    def set_owner(self, owner: Sequence[int]) -> None:
+        """Which experience each output belongs to, -1 for a class not met yet."""
+        self.owner = list(owner)
+        self._owner_K = torch.tensor(self.owner, dtype=torch.int64, device=self.device)
+        self._all_seen = all(index >= 0 for index in self.owner)
+
+    def _meet(self, experience: Experience) -> None:
+        if self.objective != "classification":
+            return
+        outputs = self._outputs(experience)
+        if outputs is None:
+            return
+        largest = max(experience.classes, default=-1)
+        if largest >= outputs:
+            raise ModelError(
+                f"the model has {outputs} outputs and experience '{experience.name}' brings class number {largest}: give "
+                "the model at least as many outputs as the stream has classes, or take one with a head that grows."
+            )
+        owner = [*self.owner, *[-1] * (outputs - len(self.owner))]
+        for label in experience.classes:
+            owner[label] = experience.index
+        self.set_owner(owner)
+
+    def _outputs(self, experience: Experience) -> int | None:
+        """How many classes the model tells apart now, asked of it with one row; None where no head is there yet."""
+        if getattr(self.model, "gives_features", False) and getattr(self.model, "head", None) is None:
+            return None
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                row = to_device(experience.train[torch.zeros(1, dtype=torch.int64)], self.device)
+                return int(self.forward(row).logits.shape[-1])
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def not_finite(step: int, terms: Sequence[tuple[str, Tensor]], batch: Batch) -> TrainingError:
+    """The sentence for a loss that is not finite: the step, the term that did it, the rows."""
+    culprits = [name for name, term in terms if not bool(torch.isfinite(term))] or ["the sum of all terms"]
+    rows = batch["row"].tolist() if "row" in batch else []
+    shown = ", ".join(str(row) for row in rows[:16]) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
+    return TrainingError(
+        f"the loss is not finite at step {step} (from {', '.join(culprits)}; rows {shown or 'without ids'}): the weights "
+        "of the last good step are kept; lower training.lr, set training.clip, or look at these rows."
+    )
+
+
+def _grown(value: Any, old: nn.Parameter, new: nn.Parameter) -> Any:
+    if not isinstance(value, Tensor) or value.shape != old.shape:
+        return value
+    grown = torch.zeros_like(new, dtype=value.dtype)
+    grown[tuple(slice(size) for size in value.shape)] = value
+    return grown
+
+

@@ -1,0 +1,115 @@
+"""Which labels the log-likelihood is taken at, and the loss of each row there.
+
+``true``: the rows' own labels (the empirical Fisher, Kunstner et al. 2019, arXiv 1905.12558). ``sampled``: a draw from
+the model's own distribution, an unbiased estimate of the Fisher. ``predicted``: the most likely label. ``all``: the
+exact expectation over the classes. Options as in van de Ven 2025 (arXiv 2502.11756).
+
+Letters: B rows, K classes, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from continual import objective as objectives
+from continual.errors import CompositionError
+from continual.models.output import Output
+from continual.objective import Objective, mask_logits
+from continual.parts.part import Context
+from continual.table import IGNORED, Batch
+
+Labels = Literal["true", "sampled", "predicted", "all"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Rows with the labels that their likelihood is taken at.
+
+    Attributes:
+        batch: with those labels.
+        active: the classes that compete, bool (K,) or (B, K), or None for all.
+        root: square root of the weight of each row's squared gradient, float (B,), or None for 1.
+    """
+
+    batch: Batch
+    active: Tensor | None = None
+    root: Tensor | None = None
+
+    def losses(self, context: Context, output: Output) -> Tensor:
+        """The loss of each row times ``root``, (B,)."""
+        if context.objective == "classification":
+            losses_B = objectives.loss_rows("classification", output.logits.float(), self.batch, self.active)
+        else:
+            losses_B = context.loss_rows(output, self.batch)
+        return losses_B if self.root is None else losses_B * self.root
+
+
+def check_labels(labels: Labels, objective: Objective) -> None:
+    """Raise :class:`CompositionError` where the choice of labels means nothing for the objective."""
+    if labels == "all" and objective != "classification":
+        raise CompositionError(
+            f"the Fisher over all labels needs classes to sum over and the objective is '{objective}': "
+            "set labels to 'sampled' or 'true'."
+        )
+    if labels == "predicted" and objective == "regression":
+        raise CompositionError(
+            "the Fisher at the predicted value of a regression is zero everywhere: set labels to 'sampled' or 'true'."
+        )
+
+
+def targets(
+    context: Context, batch: Batch, logits: Tensor, labels: Labels, generator: torch.Generator | None
+) -> Iterator[Target]:
+    """The targets of one batch: one, or with ``all`` one for each class.
+
+    Args:
+        logits: (B, K), or (B, T, V) of a language model, without a graph.
+        generator: CPU generator that ``sampled`` draws from.
+    """
+    if context.objective == "classification":
+        active = context.active(batch)
+        probability_BK = mask_logits(logits.float(), active).softmax(-1)
+        if labels == "all":
+            counted_B = batch["labels"] != IGNORED
+            for label in range(logits.shape[-1]):
+                target_B = torch.full_like(batch["labels"], label)
+                yield Target({**batch, "labels": target_B}, active, probability_BK[:, label].sqrt() * counted_B)
+            return
+        chosen = _choose(probability_BK, labels, generator, batch["labels"])
+        yield Target({**batch, "labels": chosen}, active)
+    elif labels == "true":
+        yield Target(batch)
+    elif context.objective == "regression":
+        yield Target({**batch, "labels": _gaussian(logits, generator).reshape(batch["labels"].shape)})
+    elif context.objective == "causal-lm":
+        chosen = _choose(logits[:, :-1].float().softmax(-1), labels, generator, batch["labels"][:, 1:])
+        yield Target({**batch, "labels": torch.cat([batch["labels"][:, :1], chosen], 1)})
+    else:
+        chosen = _choose(logits.float().softmax(-1), labels, generator, batch["labels"])
+        yield Target({**batch, "labels": chosen})
+
+
+def _choose(probability: Tensor, labels: Labels, generator: torch.Generator | None, true: Tensor) -> Tensor:
+    """Labels from probabilities (..., K); a place that is not counted stays so."""
+    if labels == "true":
+        return true
+    if labels == "predicted":
+        return torch.where(true != IGNORED, probability.argmax(-1), true)
+    sum_K = probability.double().cumsum(-1)
+    uniform = torch.rand(true.shape, generator=generator).to(probability.device, torch.float64)
+    place = torch.searchsorted(sum_K, (uniform * sum_K[..., -1])[..., None], right=True)
+    drawn: Tensor = torch.where(true != IGNORED, place.squeeze(-1), true)
+    return drawn
+
+
+def _gaussian(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A draw from the normal distribution whose negative log-likelihood is the mean of K squared errors."""
+    noise = torch.randn(logits.shape, generator=generator).to(logits.device)
+    outputs = logits[0].numel() if len(logits) else 1
+    return logits.float() + noise * math.sqrt(outputs / 2)

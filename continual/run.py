@@ -1,0 +1,157 @@
+"""One run: a strategy over a stream into a folder, cut off anywhere and gone on with.
+
+The folder holds ``run.json`` (what was asked for), ``checkpoint/`` (the learner's state), and when it is done
+``result.json``, ``scores.safetensors`` (the score of every test row after every update) and ``adapter/`` where the
+strategy trains one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors.torch import save_file
+from torch import nn
+
+from continual.errors import SpecError, StateError
+from continual.learner import Learner, Update
+from continual.learner.learner import resolve_device
+from continual.state import recover_folder, write_text
+from continual.strategy import Strategy
+from continual.streams.stream import Stream
+
+SAVE_EVERY = 500
+
+
+def run_cell(
+    stream: str | Path | Mapping[str, Any],
+    strategy: str | Path | Mapping[str, Any] | Strategy,
+    *,
+    seed: int = 0,
+    out: Path,
+    data: Path | None = None,
+    model: str | Mapping[str, Any] | nn.Module | None = None,
+    scenario: str | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+    strategy_name: str | None = None,
+    save_every: int = SAVE_EVERY,
+    track: str | None = None,
+    progress: bool | None = None,
+    on_update: Any = None,
+) -> dict[str, Any]:
+    """Run a strategy over a stream and write ``out/result.json``; returns its content.
+
+    Args:
+        model: None takes the stream's own.
+        resume: go on from the checkpoint in ``out``; a finished run is returned as it is.
+        overrides: dotted key of the strategy → value.
+        on_update: called with each :class:`~continual.learner.update.Update`.
+
+    Raises:
+        StateError: ``out`` holds another run, or nothing to resume, or is in use.
+    """
+    out = Path(out)
+    chosen = Strategy.load(strategy, overrides=overrides)
+    chosen.name = strategy_name or chosen.name
+    resolve_device(device)
+    loaded = Stream.load(stream, data=data, seed=seed, scenario=scenario)
+    base = model if model is not None else (loaded.model or "mlp")
+    request = {
+        "stream": loaded.name,
+        "stream_fingerprint": loaded.fingerprint(),
+        "strategy": chosen.name,
+        "strategy_fingerprint": chosen.fingerprint(),
+        "seed": seed,
+        "model": base if isinstance(base, str | Mapping) else type(base).__qualname__,
+    }
+    with _alone(out):
+        finished = _look(out, request, resume)
+        if finished is not None:
+            return finished
+        learner = _learner(out, base, chosen, seed, resume, device=device, save_every=save_every, track=track, progress=progress)
+        write_text(out / "run.json", json.dumps(request, indent=1))
+        run = learner.run(loaded)
+        if on_update is not None:
+            for update in run.updates:
+                on_update(update)
+        _write(out, learner, run.result)
+    return run.result
+
+
+def _look(out: Path, request: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+    """The result of a finished run; None when there is something to do."""
+    asked = out / "run.json"
+    if not asked.is_file():
+        if resume:
+            raise StateError(f"there is no run to resume in '{out}': leave --resume out to begin one.")
+        if (out / "result.json").exists():
+            raise StateError(f"'{out}' holds a result of something else: name another out folder.")
+        return None
+    try:
+        known = json.loads(asked.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StateError(f"'{asked}' is damaged ({error}): name another out folder.") from error
+    for key, value in request.items():
+        if known.get(key) != json.loads(json.dumps(value)):
+            raise StateError(
+                f"'{out}' holds another run ({key}: {known.get(key)!r} there, {value!r} asked for): name another out folder."
+            )
+    if not resume:
+        raise StateError(f"'{out}' holds this run already: add --resume to go on with it, or name another out folder.")
+    if (out / "result.json").is_file():
+        found = json.loads((out / "result.json").read_text(encoding="utf-8"))
+        assert isinstance(found, dict)
+        return found
+    return None
+
+
+def _learner(
+    out: Path, base: Any, strategy: Strategy, seed: int, resume: bool, **options: Any
+) -> Learner:
+    checkpoint = out / "checkpoint"
+    recover_folder(checkpoint)
+    if resume and checkpoint.exists():
+        given = base if isinstance(base, nn.Module) else None
+        return Learner.load(checkpoint, model=given, strategy=strategy, folder=checkpoint, **options)
+    return Learner(base, strategy, seed=seed, folder=checkpoint, **options)
+
+
+def _write(out: Path, learner: Learner, result: dict[str, Any]) -> None:
+    if not learner.accelerator.is_main_process:
+        return
+    if learner.monitor is not None:
+        scores = learner.monitor.tensors()
+        if scores:
+            save_file(scores, out / "scores.safetensors")
+    if any(part.slot == "adapter" for part in learner.parts):
+        learner.export(out / "adapter")
+    write_text(out / "result.json", json.dumps(result, indent=1, allow_nan=False))
+
+
+class _alone:
+    """Holds the folder's lock; a second writer is told so at once."""
+
+    def __init__(self, out: Path) -> None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StateError(f"the out folder '{out}' cannot be made ({error}): name another one.") from error
+        self._out = out
+        self._lock = FileLock(out / ".lock")
+
+    def __enter__(self) -> None:
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise StateError(f"'{self._out}' is being written by another run: wait for it, or name another out folder.") from error
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+__all__ = ["SAVE_EVERY", "SpecError", "Update", "run_cell"]

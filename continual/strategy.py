@@ -1,0 +1,253 @@
+"""A strategy: parts and a way of training, checked as a whole before anything runs."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from continual.errors import CompositionError, SpecError, quoted, unknown
+from continual.library import find_spec
+from continual.objective import Competition, Objective
+from continual.parts.part import SLOTS, Part, Slot
+from continual.parts.registry import PARTS, part_class
+from continual.spec import Spec, parse, read_yaml
+
+Data = Literal["experience", "cumulative", "joint"]
+SINGLE: tuple[Slot, ...] = ("adapter", "head")
+"""Slots that hold one part at most."""
+
+
+class EarlyStopping(Spec):
+    """Stop when the score on ``valid`` has not risen for some epochs, and go back to the best weights."""
+
+    patience: PositiveInt = 2
+    min_delta: NonNegativeFloat = 0.0
+
+
+class Training(Spec):
+    """How the parameters move.
+
+    Attributes:
+        lr: learning rate of the optimiser; ``head_lr`` is that of the head where it differs.
+        epochs: passes over the rows of each experience; ``iterations`` fixes the optimiser's steps instead.
+        batch_size: rows of the experience in one forward pass; what replay adds comes on top.
+        accumulate: forward passes in one optimiser step.
+        clip: largest norm of the gradient, None for no clipping.
+        schedule: of the learning rate over the steps of each experience, after ``warmup`` (a share of them).
+        precision: ``fp32`` or ``bf16`` (autocast).
+        active: which classes compete in training; None takes ``experience`` in the task scenario and ``seen`` elsewhere.
+        fresh_optimizer: forget the optimiser's state at each experience.
+    """
+
+    optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
+    lr: PositiveFloat = 1e-3
+    head_lr: PositiveFloat | None = None
+    momentum: float = Field(0.0, ge=0, lt=1)
+    weight_decay: NonNegativeFloat = 0.0
+    epochs: PositiveInt | None = None
+    iterations: PositiveInt | None = None
+    batch_size: PositiveInt = 32
+    accumulate: PositiveInt = 1
+    clip: PositiveFloat | None = None
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: float = Field(0.0, ge=0, lt=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    active: Competition | None = None
+    fresh_optimizer: bool = False
+    early_stopping: EarlyStopping | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Training:
+        if self.epochs is not None and self.iterations is not None:
+            raise ValueError("give epochs or iterations, not both")
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"momentum belongs to sgd; {self.optimizer} has its own, leave the key out")
+        return self
+
+
+SlotSettings = dict[str, Any] | list[dict[str, Any]]
+
+
+class StrategySpec(Spec):
+    """The form of a strategy's YAML file."""
+
+    summary: str = ""
+    source: str = ""
+    adapter: dict[str, Any] | None = None
+    head: dict[str, Any] | None = None
+    replay: SlotSettings | None = None
+    penalty: SlotSettings | None = None
+    distillation: SlotSettings | None = None
+    projection: SlotSettings | None = None
+    recall: SlotSettings | None = None
+    backbone: Literal["train", "frozen"] = "train"
+    data: Data = "experience"
+    training: Training = Training()
+
+
+class Strategy:
+    """A composition of parts.
+
+    Args:
+        parts: prototypes; each learner makes its own from their settings.
+        training: a :class:`Training` or its keys.
+        backbone: ``frozen`` trains nothing but the head.
+        data: ``experience`` trains on the rows that arrive; ``cumulative`` on all rows so far; ``joint`` once on the
+            whole stream. The last two are bounds to compare with.
+
+    Raises:
+        SpecError: a setting that is not allowed.
+        CompositionError: parts that exclude one another.
+    """
+
+    def __init__(
+        self,
+        *parts: Part,
+        name: str = "custom",
+        training: Training | Mapping[str, Any] | None = None,
+        backbone: Literal["train", "frozen"] = "train",
+        data: Data = "experience",
+        summary: str = "",
+        source: str = "",
+    ) -> None:
+        self.name, self.summary, self.source = name, summary, source
+        self.backbone, self.data = backbone, data
+        given = training if isinstance(training, Training) else dict(training or {})
+        self.training = parse(Training, given, f"strategy '{name}', training")
+        self.prototypes = sorted(parts, key=lambda part: SLOTS.index(part.slot))
+        self._check_parts()
+
+    @classmethod
+    def load(
+        cls, what: str | Path | Mapping[str, Any] | Strategy, *, overrides: Mapping[str, Any] | None = None
+    ) -> Strategy:
+        """A strategy from its name, a YAML file, or a mapping of the same form.
+
+        Args:
+            overrides: dotted key → value, such as ``{"training.lr": 0.01}``, set before the check.
+        """
+        if isinstance(what, Strategy):
+            what = {**what.to_dict(), "name": what.name}
+        if isinstance(what, Mapping):
+            content, name = copy.deepcopy(dict(what)), str(what.get("name", "custom"))
+            content.pop("name", None)
+            if "use" in content:
+                base = read_yaml(find_spec("strategies", content.pop("use")))
+                content = {**base, **content}
+            where = f"strategy '{name}'"
+        else:
+            path = find_spec("strategies", what)
+            content, name, where = read_yaml(path), path.stem, str(path)
+        for key, value in (overrides or {}).items():
+            _set(content, key, value, where)
+        return cls._from_content(content, name, where)
+
+    @classmethod
+    def _from_content(cls, content: dict[str, Any], name: str, where: str) -> Strategy:
+        spec = parse(StrategySpec, content, where)
+        parts = []
+        for slot in SLOTS:
+            given = getattr(spec, slot)
+            for settings in given if isinstance(given, list) else [given] if given is not None else []:
+                if "kind" not in settings:
+                    raise SpecError(f"{where}: '{slot}' names no kind: allowed are {quoted(sorted(PARTS[slot]))}.")
+                found = part_class(slot, str(settings["kind"]), where)
+                own = {key: value for key, value in settings.items() if key != "kind" or ":" not in str(value)}
+                parse(found.Settings, own, f"{where}, {slot}")
+                parts.append(found(**own))
+        return cls(
+            *parts,
+            name=name,
+            training=spec.training,
+            backbone=spec.backbone,
+            data=spec.data,
+            summary=spec.summary,
+            source=spec.source,
+        )
+
+    def make_parts(self) -> list[Part]:
+        """New parts with the settings of the prototypes, in the order in which their hooks are called."""
+        return [type(part)(**part.settings.model_dump()) for part in self.prototypes]
+
+    def check(self, *, objective: Objective, gives_features: bool, open_stream: bool = False) -> None:
+        """Raise :class:`CompositionError` when the parts cannot work on this model or objective."""
+        for part in self.prototypes:
+            if objective not in part.objectives:
+                raise CompositionError(
+                    f"{part.name} does not work for {objective}: it is made for {quoted(part.objectives)}; leave it out."
+                )
+            if (part.needs_head or part.slot == "head") and not gives_features:
+                raise CompositionError(
+                    f"{part.name} needs a model that gives features, and this one gives logits itself: take 'mlp' or a "
+                    f"pretrained model, or leave {part.slot} out."
+                )
+        if self.backbone == "frozen" and not gives_features:
+            raise CompositionError(
+                "backbone: frozen leaves nothing to train in a model that gives logits itself: take a model with a head."
+            )
+        if open_stream and self.data == "joint":
+            raise CompositionError(
+                "data: joint needs the whole stream at once, and this one is open: take 'cumulative' as the bound."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same form as the YAML file; what :meth:`load` takes."""
+        content: dict[str, Any] = {"summary": self.summary, "source": self.source}
+        for slot in SLOTS:
+            settings = [part.settings.model_dump(mode="json") for part in self.prototypes if part.slot == slot]
+            for part, dumped in zip((p for p in self.prototypes if p.slot == slot), settings, strict=True):
+                dumped["kind"] = part.reference
+            if settings:
+                content[slot] = settings[0] if len(settings) == 1 else settings
+        content.update(backbone=self.backbone, data=self.data, training=self.training.model_dump(mode="json"))
+        return content
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all settings; the name and the summary do not count."""
+        content = {key: value for key, value in self.to_dict().items() if key not in ("summary", "source")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _check_parts(self) -> None:
+        for slot in SINGLE:
+            if sum(part.slot == slot for part in self.prototypes) > 1:
+                raise CompositionError(f"strategy '{self.name}' has two parts under '{slot}': there can be one.")
+        for part in self.prototypes:
+            for other in self.prototypes:
+                for key in (other.slot, f"{other.slot}/{other.kind}"):
+                    if other is not part and key in part.excludes:
+                        raise CompositionError(
+                            f"strategy '{self.name}': {part.name} cannot be combined with {other.name}: "
+                            f"{part.excludes[key]}"
+                        )
+        if self.backbone == "frozen" and any(part.slot == "adapter" for part in self.prototypes):
+            raise CompositionError(
+                f"strategy '{self.name}': backbone: frozen forbids an adapter, which freezes the base by itself: "
+                "leave one of the two out."
+            )
+
+
+def _set(content: dict[str, Any], key: str, value: Any, where: str) -> None:
+    steps = key.split(".")
+    if steps[0] not in StrategySpec.model_fields:
+        raise SpecError(f"{where}, set: {unknown('key', steps[0], StrategySpec.model_fields)}")
+    current: Any = content
+    for step in steps[:-1]:
+        if isinstance(current, list) and step.isdigit() and int(step) < len(current):
+            current = current[int(step)]
+            continue
+        if isinstance(current, list):
+            raise SpecError(f"{where}, set: '{key}' passes through a list: name one of its {len(current)} by number.")
+        if current.get(step) is None:
+            current[step] = {}
+        current = current[step]
+        if not isinstance(current, dict | list):
+            raise SpecError(f"{where}, set: '{key}' goes below '{step}', which holds a plain value.")
+    if isinstance(current, list):
+        raise SpecError(f"{where}, set: '{key}' ends in a list: name one of its {len(current)} by number.")
+    current[steps[-1]] = value

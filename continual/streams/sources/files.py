@@ -1,0 +1,154 @@
+"""JSONL, CSV and Parquet files: one for each part, or one from which shares are taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+
+from continual.errors import StreamError, quoted
+from continual.objective import Objective
+from continual.spec import Spec
+from continual.streams.content import row_keys
+from continual.streams.folders import Place, cache_folder
+from continual.streams.sources.rows import PARTS, Part, Raw, Rows, assemble, take
+from continual.streams.sources.tabular import TabularSource, quiet
+
+if TYPE_CHECKING:
+    import datasets
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+PART_NAMES: dict[Part, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "valid": ("valid", "val", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+
+
+class Shares(Spec):
+    """Shares of the training rows that become other parts, by a hash of the row id (without one, of the content)."""
+
+    valid: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    test: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _leaves_training_rows(self) -> Shares:
+        if self.valid + self.test >= 1:
+            raise ValueError("the shares add up to 1 or more and leave no training rows")
+        return self
+
+
+class FilesSource(TabularSource):
+    """Settings of the source ``files``; the columns are those of :class:`TabularSource`.
+
+    Attributes:
+        path: a file with all rows, or a folder with ``train``, ``valid`` (or ``val``) and ``test`` files; where it
+            is not given, the folder or file named with ``--data``.
+        train, valid, test: files of the parts, where they have other names (in the folder ``path``).
+        shares: parts taken from the training rows.
+    """
+
+    kind: Literal["files"] = "files"
+    path: str | None = None
+    train: str | None = None
+    valid: str | None = None
+    test: str | None = None
+    shares: Shares = Shares()
+
+    def load(self, place: Place, objective: Objective) -> Rows:
+        """The rows.
+
+        Raises:
+            StreamError: a file or column is missing, or a row cannot be used.
+        """
+        raws: dict[Part, Raw] = {}
+        for part, path in self._paths(place).items():
+            raws[part] = self.raw(read_file(path), objective, f"'{path}'")
+        for part in ("valid", "test"):
+            share = getattr(self.shares, part)
+            if share and part in raws:
+                raise StreamError(f"the source 'files' has {part} rows and 'shares.{part}' as well: use one of them.")
+        raws |= split_off(raws["train"], self.shares)
+        return assemble(raws, objective, "the source 'files'", overlap=self.overlap)
+
+    def _paths(self, place: Place) -> dict[Part, Path]:
+        named = {part: getattr(self, part) for part in PARTS if getattr(self, part) is not None}
+        if named:
+            root = Path(self.path or "")
+            found = {part: place.find(root / name, Path.is_file) for part, name in named.items()}
+            for part, path in found.items():
+                if path is None:
+                    raise StreamError(f"the {part} file '{root / named[part]}' was not found: {self._advice(place)}")
+            if "train" not in found:
+                raise StreamError("the source 'files' names no 'train' file: name one.")
+            return {part: path for part, path in found.items() if path is not None}
+        if self.path is None and place.data is None:
+            raise StreamError("the source 'files' has no 'path': name one there, or a folder with --data.")
+        path = place.find(Path(self.path or ""), lambda p: p.is_file() or bool(_parts_in(p)))
+        if path is None:
+            raise StreamError(f"no training file was found for '{self.path or place.data}': {self._advice(place)}")
+        return {"train": path} if path.is_file() else _parts_in(path)
+
+    def _advice(self, place: Place) -> str:
+        looked = quoted(place.candidates(Path(self.path or "")))
+        return f"looked in {looked}; name the folder with --data or the environment variable CONTINUAL_DATA."
+
+
+def split_off(train: Raw, shares: Shares) -> dict[Part, Raw]:
+    """``train`` without the shares, and the parts made of them; adding rows never changes where the others go."""
+    if not (shares.valid or shares.test):
+        return {"train": train}
+    keys = row_keys(train.table) if train.ids is None else np.asarray(train.ids).astype(np.int64)
+    place_N = torch.from_numpy(_uniform(keys))
+    is_test, is_valid = place_N < shares.test, place_N >= 1 - shares.valid
+    raws: dict[Part, Raw] = {"train": take(train, (~is_test & ~is_valid).nonzero().flatten())}
+    for part, chosen in (("valid", is_valid), ("test", is_test)):
+        if bool(chosen.any()):
+            raws["valid" if part == "valid" else "test"] = take(train, chosen.nonzero().flatten())
+    return raws
+
+
+def read_file(path: Path) -> datasets.Dataset:
+    """A JSONL, CSV or Parquet file, memory-mapped from the cache.
+
+    Raises:
+        StreamError: another kind of file, or one that cannot be read.
+    """
+    import datasets
+
+    readers = {
+        ".jsonl": datasets.Dataset.from_json,
+        ".json": datasets.Dataset.from_json,
+        ".csv": datasets.Dataset.from_csv,
+        ".parquet": datasets.Dataset.from_parquet,
+    }
+    if path.suffix not in readers:
+        raise StreamError(f"'{path}' is no file that can be read: allowed are {quoted(SUFFIXES)}.")
+    if path.stat().st_size == 0:
+        raise StreamError(f"'{path}' is empty: give it rows.")
+    try:
+        with quiet():
+            return readers[path.suffix](str(path), cache_dir=str(cache_folder() / "files"))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise StreamError(f"'{path}' could not be read ({reason}): mend the file.") from error
+
+
+def _parts_in(folder: Path) -> dict[Part, Path]:
+    found: dict[Part, Path] = {}
+    for part, names in PART_NAMES.items():
+        for path in (folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES):
+            if path.is_file():
+                found.setdefault(part, path)
+    return found if "train" in found else {}
+
+
+def _uniform(keys: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """A number in [0, 1) for each key (the finaliser of SplitMix64, Steele et al. 2014)."""
+    mixed = keys.astype(np.uint64)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2.0**53

@@ -1,0 +1,176 @@
+"""A Hugging Face ``datasets.Dataset`` with columns of any name as one part of a source."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from continual.errors import StreamError, quoted
+from continual.objective import Objective
+from continual.spec import Spec
+from continual.streams.sources.rows import Raw, Values
+from continual.table import ArrowTable, Table, TensorTable
+
+if TYPE_CHECKING:
+    import datasets
+
+KEEP_IN_MEMORY = 2**30
+"""Bytes up to which ``keep: auto`` keeps a part in memory."""
+
+
+class TabularSource(Spec):
+    """Which column is what; the settings that ``files`` and ``hub`` share.
+
+    Attributes:
+        text: column of strings; where nothing is named, ``text``, ``prompt`` + ``completion`` or ``messages`` is taken.
+        features: numeric columns that together are ``inputs``, float32 (N, D).
+        prompt, completion: columns of a language model's question and answer.
+        messages: column of chats, each a list of ``{role, content}``.
+        label: column of classes (whole numbers or names) or of targets.
+        domain, time: columns for a split by domain or by time.
+        id: column of row ids, whole numbers from 0.
+        keep: ``memory``, ``disk`` (memory-mapped), or ``auto``: memory up to 1 GiB a part.
+        overlap: training and valid rows whose content is among the test rows: ``refuse`` or ``drop``.
+    """
+
+    text: str | None = None
+    features: list[str] | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+    label: str | None = None
+    domain: str | None = None
+    time: str | None = None
+    id: str | None = None
+    keep: Literal["memory", "disk", "auto"] = "auto"
+    overlap: Literal["refuse", "drop"] = "refuse"
+
+    def raw(self, dataset: datasets.Dataset, objective: Objective, where: str) -> Raw:
+        """One part.
+
+        Raises:
+            StreamError: a column is missing, or there are none to learn from.
+        """
+        columns = self._feature_columns(dataset, objective, where)
+        for name in (*columns.values(), *(self.features or ()), self.domain, self.time, self.id):
+            if name is not None and name not in dataset.column_names:
+                raise StreamError(f"{where}: there is no column '{name}': it has {quoted(dataset.column_names)}.")
+        on_disk = self.keep == "disk" or (self.keep == "auto" and dataset.data.nbytes > KEEP_IN_MEMORY)
+        table = self._inputs(dataset, on_disk, where) if self.features else _texts(dataset, columns, on_disk)
+        return Raw(
+            table,
+            self._labels(dataset, objective, where),
+            None if self.domain is None else list(dataset[self.domain]),
+            None if self.time is None else list(dataset[self.time]),
+            None if self.id is None else np.asarray(dataset[self.id]),
+        )
+
+    def _feature_columns(self, dataset: datasets.Dataset, objective: Objective, where: str) -> dict[str, str]:
+        named = {name: getattr(self, name) for name in ("text", "prompt", "completion", "messages")}
+        columns = {name: column for name, column in named.items() if column is not None}
+        if columns and self.features:
+            raise StreamError(f"{where}: both 'features' and '{next(iter(columns))}' are named: name one of them.")
+        if not columns and not self.features:
+            for group in (("text",), ("messages",), ("prompt", "completion")):
+                if set(group) <= set(dataset.column_names):
+                    columns = {name: name for name in group}
+                    break
+            else:
+                raise StreamError(
+                    f"{where}: nothing to learn from: name the column in 'text', 'features', 'messages', or 'prompt' "
+                    f"and 'completion'; there are {quoted(dataset.column_names)}."
+                )
+        allowed = {
+            "classification": ("text",),
+            "regression": ("text",),
+            "causal-lm": ("text", "messages", "prompt", "completion"),
+            "seq2seq": ("prompt", "completion"),
+        }[objective]
+        wrong = [name for name in columns if name not in allowed]
+        if wrong or (self.features and "lm" in objective) or (self.features and objective == "seq2seq"):
+            raise StreamError(
+                f"{where}: '{wrong[0] if wrong else 'features'}' does not suit the objective '{objective}', which "
+                f"reads {quoted(allowed)}: name such a column or set another 'objective'."
+            )
+        if ("prompt" in columns) != ("completion" in columns):
+            raise StreamError(f"{where}: 'prompt' and 'completion' belong together: name both.")
+        return columns
+
+    def _labels(self, dataset: datasets.Dataset, objective: Objective, where: str) -> Values | None:
+        if objective not in ("classification", "regression"):
+            if self.label is not None:
+                raise StreamError(f"{where}: the objective '{objective}' has no labels: leave 'label' out.")
+            return None
+        name = self.label or next((n for n in ("label", "labels") if n in dataset.column_names), "label")
+        if name not in dataset.column_names:
+            raise StreamError(
+                f"{where}: there is no column '{name}' for labels: it has {quoted(dataset.column_names)}."
+            )
+        values = list(dataset[name])
+        names = getattr(dataset.features[name], "names", None)
+        if names is not None and all(isinstance(value, int) and value >= 0 for value in values):
+            return [names[value] for value in values]
+        return values
+
+    def _inputs(self, dataset: datasets.Dataset, on_disk: bool, where: str) -> Table:
+        names = list(self.features or ())
+        for name in names:
+            if not _is_numeric(dataset.features[name]):
+                raise StreamError(
+                    f"{where}: '{name}' is not numeric ({dataset.features[name]}): leave it out of 'features'."
+                )
+        if not on_disk:
+            return TensorTable({"inputs": torch.from_numpy(_matrix(dataset.with_format("numpy"), names, where))})
+        mark = hashlib.sha256(f"{dataset._fingerprint}/inputs/{names}".encode()).hexdigest()
+        with quiet():
+            mapped = dataset.map(
+                lambda batch: {"inputs": list(_matrix({n: np.asarray(batch[n]) for n in names}, names, where))},
+                batched=True,
+                remove_columns=dataset.column_names,
+                new_fingerprint=mark,
+            )
+        return ArrowTable(mapped)
+
+
+def _texts(dataset: datasets.Dataset, columns: dict[str, str], on_disk: bool) -> Table:
+    if not on_disk:
+        return TensorTable({name: list(dataset[column]) for name, column in columns.items()})
+    chosen = dataset.select_columns(list(columns.values()))
+    return ArrowTable(chosen.rename_columns({column: name for name, column in columns.items() if column != name}))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of ``datasets`` inside."""
+    import datasets
+
+    silent = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not silent:
+            datasets.enable_progress_bars()
+
+
+def _is_numeric(feature: Any) -> bool:
+    inner = getattr(feature, "feature", feature)
+    if inner is not feature:
+        return _is_numeric(inner)
+    return str(getattr(feature, "dtype", "")).startswith(("int", "uint", "float", "double", "bool"))
+
+
+def _matrix(columns: Any, names: list[str], where: str) -> npt.NDArray[np.float32]:
+    parts = []
+    for name in names:
+        values = np.asarray(columns[name])
+        if values.dtype == object:
+            raise StreamError(f"{where}: the rows of '{name}' have different lengths: make them alike.")
+        parts.append(values.reshape(len(values), -1).astype(np.float32))
+    return np.concatenate(parts, axis=1)

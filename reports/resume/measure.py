@@ -1,0 +1,113 @@
+"""A run killed at random steps and resumed each time, against one that was never killed: every figure and weight.
+
+Each kill is SIGKILL to the process of `continual run`. Both runs are of the same stream, strategy and seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from continual.provenance import commit, hardware, now, versions
+from continual.state import load_state
+
+TIMES = ("cost", "provenance")
+
+
+def command(stream: str, strategy: str, out: Path, *extra: str) -> list[str]:
+    base = [sys.executable, "-m", "continual.cli", "run", stream, strategy]
+    return [*base, "--out", str(out), "--seed", "0", "--device", "cpu", "--save-every", "20", *extra]
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    kept = {key: value for key, value in result.items() if key not in TIMES}
+    cost = {key: result["cost"][key] for key in ("rows_trained", "state_bytes", "trainable_parameters")}
+    return {**kept, "cost": cost}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_state(folder / "checkpoint")["weights"])
+
+
+def killed(stream: str, strategy: str, out: Path, kills: int, span: float, seed: int, options: list[str]) -> int:
+    """Run, kill after a random time, resume, until ``kills`` are done; then let it finish. Returns the kills."""
+    draw = random.Random(seed)
+    done = 0
+    while True:
+        resume = ["--resume"] if (out / "run.json").exists() else []
+        process = subprocess.Popen(
+            command(stream, strategy, out, *resume, *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        if done >= kills:
+            if process.wait() != 0:
+                raise RuntimeError(f"the last run of {strategy} ended with status {process.returncode}")
+            return done
+        wait_for_training(process, out)
+        time.sleep(draw.uniform(0.0, span))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            done += 1
+        elif (out / "result.json").exists():
+            return done
+
+
+def wait_for_training(process: subprocess.Popen[bytes], out: Path) -> None:
+    """Until the process has written a checkpoint of its own, or is over."""
+    seal = out / "checkpoint" / "seal.json"
+    before = seal.stat().st_mtime_ns if seal.exists() else 0
+    while process.poll() is None:
+        try:
+            if seal.stat().st_mtime_ns != before:
+                return
+        except OSError:
+            pass
+        time.sleep(0.01)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--data", default=None)
+    arguments = parser.parse_args()
+    rows = []
+    plan = [("split-digits", name, 0.4) for name in ("rehearsal", "ewc-rehearsal")]
+    plan += [("docstrings", "adalora-rehearsal", 4.0)]
+    for stream, strategy, span in plan:
+        options: list[str] = ["--data", arguments.data] if arguments.data else []
+        with tempfile.TemporaryDirectory() as place:
+            whole, cut = Path(place) / "whole", Path(place) / "cut"
+            subprocess.run(command(stream, strategy, whole, *options), check=True, stdout=subprocess.DEVNULL)
+            kills = killed(stream, strategy, cut, arguments.kills, span, 0, options)
+            left, right = weights(whole), weights(cut)
+            rows.append(
+                {
+                    "stream": stream,
+                    "strategy": strategy,
+                    "kills": kills,
+                    "same_figures": figures(whole) == figures(cut),
+                    "same_weights": left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left),
+                }
+            )
+            print(rows[-1], flush=True)
+    report = {"runs": rows, "commit": commit(), "versions": versions(), "hardware": hardware(), "measured": now()}
+    if arguments.out:
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if not all(row["same_figures"] and row["same_weights"] for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What the battery's tests share: a tiny stream, tiny strategies, and a run that is cut off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from continual import Learner, Strategy, Stream
+from continual.library import library_names
+from continual.state import load_state
+
+MODEL = {"kind": "mlp", "hidden": [16, 16]}
+STRATEGIES = library_names("strategies")
+SMALL: dict[str, Any] = {"training.batch_size": 8, "training.lr": 0.05}
+
+
+def small(name: str) -> Strategy:
+    """The library's strategy with few epochs, small batches and a small memory."""
+    strategy = Strategy.load(name)
+    overrides = dict(SMALL)
+    overrides["training.epochs"] = 2
+    if any(part.slot == "replay" for part in strategy.prototypes):
+        overrides["replay.capacity"] = 20
+        overrides["replay.per_class"] = None
+    if any(part.name == "adapter/adalora" for part in strategy.prototypes):
+        overrides |= {"adapter.init_rank": 4, "adapter.target_rank": 2}
+    return Strategy.load(name, overrides=overrides)
+
+
+def tiny_stream(scenario: str = "class", experiences: int = 3, seed: int = 0) -> Stream:
+    """The digits, two classes at a time, cut to ``experiences``."""
+    return Stream.load("split-digits", seed=seed, scenario=scenario)[:experiences]
+
+
+def learner_for(strategy: str | Strategy, **options: Any) -> Learner:
+    chosen = small(strategy) if isinstance(strategy, str) else strategy
+    return Learner(MODEL, chosen, **{"seed": 3, "device": "cpu", "progress": False, **options})
+
+
+def weights(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
+
+
+def same_weights(one: Learner, other: Learner) -> None:
+    left, right = weights(one), weights(other)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), f"{name} differs"
+
+
+def figures(result: dict[str, Any]) -> dict[str, Any]:
+    """A result without times and memory."""
+    kept = {key: value for key, value in result.items() if key not in ("cost", "provenance")}
+    cost = {key: result["cost"][key] for key in ("rows_trained", "state_bytes", "trainable_parameters")}
+    return {**kept, "cost": cost}
+
+
+class CutOff(Exception):
+    """Stands for a kill."""
+
+
+def run_with_cuts(strategy: str, stream: Stream, folder: Path, cuts: list[int], save_every: int = 3) -> Learner:
+    """Run to the end, thrown away at the given numbers of checkpoints and begun again from what lies on the disk."""
+    learner = learner_for(strategy, folder=folder, save_every=save_every)
+    pending = list(cuts)
+    while True:
+        if pending:
+            _cut_after(learner, pending.pop(0))
+        try:
+            learner.run(stream)
+            return learner
+        except CutOff:
+            if not folder.exists():
+                learner = learner_for(strategy, folder=folder, save_every=save_every)
+                continue
+            load_state(folder)
+            learner = Learner.load(folder, folder=folder, save_every=save_every, device="cpu", progress=False)
+
+
+def _cut_after(learner: Learner, checkpoints: int) -> None:
+    write = learner._checkpoint
+    done = 0
+
+    def counting(progress: Any) -> None:
+        nonlocal done
+        write(progress)
+        done += 1
+        if done >= checkpoints:
+            raise CutOff
+
+    learner._checkpoint = counting  # type: ignore[method-assign]

@@ -1,0 +1,185 @@
+"""One plain LoRA folder from every kind of adapter, read back by stock PEFT on a pristine base."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_bench import FAMILIES, Bench, assert_same, base_of, batch_of, tensors_of
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from continual.errors import CompositionError, ModelError, StateError
+from continual.parts.adapter import export
+from continual.parts.adapter.adalora import AdaLoRA
+from continual.parts.adapter.export import check_base, export_adapter, total_folds
+from continual.parts.adapter.lora import LoRA
+from continual.parts.adapter.targets import shortest
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT 0.21's, 2026
+
+PARTS: dict[str, Any] = {
+    "lora-continue": lambda: LoRA(rank=3, use_rslora=True),
+    "lora-stack": lambda: LoRA(rank=3, across_tasks="stack"),
+    "lora-merge": lambda: LoRA(rank=3, across_tasks="merge"),
+    "adalora-stack": lambda: AdaLoRA(init_rank=3, target_rank=1, across_tasks="stack"),
+    "adalora-merge": lambda: AdaLoRA(init_rank=3, target_rank=1),
+}
+
+
+def trained(family: str, kind: str, tasks: int = 3) -> Bench:
+    bench = Bench(family, PARTS[kind](), lr=3e-2)
+    for task in range(tasks):
+        bench.task(task, 5)
+    return bench
+
+
+@torch.no_grad()
+def hidden(transformer: nn.Module, family: str) -> Tensor:
+    batch = batch_of(family, 7)
+    transformer.eval()
+    if family == "mlp":
+        found: Tensor = transformer(batch)
+        return found
+    output = transformer(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return output.logits if family == "llama" else output.last_hidden_state
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", PARTS)
+def test_stock_peft_gives_the_same_answers(family: str, kind: str, tmp_path: Path) -> None:
+    bench = trained(family, kind)
+    folder = export_adapter(bench.model, bench.part, tmp_path / "adapter")
+    assert folder == tmp_path / "adapter"
+    wanted = hidden(bench.model.transformer, family)
+    pristine = base_of(family)
+    plain = hidden(pristine, family)
+    stock = PeftModel.from_pretrained(pristine, folder)
+    torch.testing.assert_close(hidden(stock, family), wanted, rtol=0, atol=1e-5)
+    assert (plain - wanted).abs().max() > 1e-2, "the tasks have changed something"
+    configuration = json.loads((folder / "adapter_config.json").read_text())
+    assert configuration["peft_type"] == "LORA" and configuration["modules_to_save"] is None
+    assert configuration["base_model_name_or_path"] == f"tiny-{family}"
+    assert configuration["task_type"] == ("CAUSAL_LM" if family == "llama" else None)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        layer = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        rank = tensor.shape[0] if ".lora_A." in name else tensor.shape[1]
+        assert rank == json.loads((folder / "continual.json").read_text())["ranks"][layer] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_ranks_add_up_and_continue_keeps_its_own() -> None:
+    for kind, rank in (("lora-continue", 3), ("lora-stack", 9), ("lora-merge", 9)):
+        folds = total_folds(trained("mlp", kind).part.adapters)
+        assert {A.shape[0] for A, _ in folds.values()} == {rank}
+
+
+def test_layers_without_rank_are_no_targets(tmp_path: Path) -> None:
+    bench = trained("bert", "adalora-merge", tasks=1)
+    folder = export_adapter(bench.model, bench.part, tmp_path / "adapter")
+    configuration = json.loads((folder / "adapter_config.json").read_text())
+    record = json.loads((folder / "continual.json").read_text())
+    left = bench.part.history[0]["ranks"]
+    assert left["pooler.dense"] == 0 and record["ranks"] == {name: rank for name, rank in left.items() if rank}
+    stock = PeftModel.from_pretrained(base_of("bert"), folder)
+    loaded = {name for name, module in stock.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    assert loaded == set(record["ranks"])
+    assert configuration["rank_pattern"] == configuration["alpha_pattern"]
+
+
+def test_export_leaves_the_model_alone_and_can_be_repeated(tmp_path: Path) -> None:
+    bench = trained("bert", "lora-stack", tasks=2)
+    before = tensors_of(bench)
+    first = export_adapter(bench.model, bench.part, tmp_path / "adapter")
+    content = (first / "adapter_model.safetensors").read_bytes()
+    export_adapter(bench.model, bench.part, tmp_path / "adapter")
+    assert (first / "adapter_model.safetensors").read_bytes() == content
+    assert_same(before, tensors_of(bench))
+
+
+@pytest.mark.parametrize("kind", ["lora-merge", "adalora-merge"])
+def test_a_rebuilt_model_exports_the_same_bytes(kind: str, tmp_path: Path) -> None:
+    bench = trained("llama", kind)
+    again = Bench.load("llama", PARTS[kind](), bench.save(), task=2)
+    assert_same(tensors_of(bench), tensors_of(again))
+    first = export_adapter(bench.model, bench.part, tmp_path / "a")
+    second = export_adapter(again.model, again.part, tmp_path / "b")
+    for name in ("adapter_model.safetensors", "adapter_config.json", "continual.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_max_rank_is_kept(tmp_path: Path) -> None:
+    bench = trained("bert", "lora-stack", tasks=2)
+    with pytest.raises(CompositionError, match="rank 6 and max_rank is 5"):
+        export_adapter(bench.model, bench.part, tmp_path / "adapter", max_rank=5)
+    assert not list(tmp_path.iterdir())
+    export_adapter(bench.model, bench.part, tmp_path / "adapter", max_rank=6)
+
+
+def test_nothing_learned_is_refused(tmp_path: Path) -> None:
+    fresh = Bench("bert", LoRA())
+    with pytest.raises(CompositionError, match="nothing that could be exported"):
+        export_adapter(fresh.model, fresh.part, tmp_path / "adapter")
+    begun = Bench("bert", AdaLoRA())
+    begun.begin(0, 5)
+    with pytest.raises(CompositionError, match="nothing that could be exported"):
+        export_adapter(begun.model, begun.part, tmp_path / "adapter")
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    bench = trained("bert", "lora-continue", tasks=1)
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(StateError, match="not an exported adapter"):
+        export_adapter(bench.model, bench.part, tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(StateError, match="not an exported adapter"):
+        export_adapter(bench.model, bench.part, tmp_path / "thesis.txt")
+
+
+def test_a_write_that_fails_leaves_the_earlier_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = trained("bert", "lora-continue", tasks=1)
+    folder = export_adapter(bench.model, bench.part, tmp_path / "adapter")
+    content = (folder / "adapter_model.safetensors").read_bytes()
+    bench.task(1, 3)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(export, "save_file", full)
+    with pytest.raises(StateError, match="No space left"):
+        export_adapter(bench.model, bench.part, folder)
+    assert (folder / "adapter_model.safetensors").read_bytes() == content
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_a_wrong_base_is_named(tmp_path: Path) -> None:
+    bench = trained("bert", "lora-continue", tasks=1)
+    folder = export_adapter(bench.model, bench.part, tmp_path / "adapter")
+    check_base(folder, "a" * 64)
+    with pytest.raises(ModelError, match="belongs to the base 'tiny-bert'"):
+        check_base(folder, "b" * 64)
+    with pytest.raises(ModelError, match="does not say what base"):
+        check_base(tmp_path, "a" * 64)
+    bench.model.base_sha256 = None
+    export_adapter(bench.model, bench.part, folder)
+    with pytest.raises(ModelError, match="no SHA-256"):
+        check_base(folder, "a" * 64)
+
+
+@pytest.mark.parametrize(
+    ("modules", "wanted", "written"),
+    [
+        (["h.0.q", "h.1.q", "h.0.v"], ["h.0.q", "h.1.q"], ["q"]),
+        (["h.0.q", "h.1.q"], ["h.1.q"], ["h.1.q"]),
+        (["0", "1", "2.0"], ["0"], r"0"),
+        (["net.0", "deep.net.0"], ["net.0"], r"net\.0"),
+    ],
+)
+def test_target_names_match_exactly(modules: list[str], wanted: list[str], written: object) -> None:
+    assert shortest(modules, wanted) == written
