@@ -22,8 +22,7 @@ from continual.learner.trainer import Progress, Trainer
 from continual.learner.update import Run, Update
 from continual.models.build import build_model
 from continual.models.model import Model
-from continual.monitor.bootstrap import INITIAL
-from continual.monitor.evaluation import evaluating
+from continual.monitor.evaluation import evaluating, score_tables
 from continual.monitor.monitor import Monitor
 from continual.objective import Objective
 from continual.parts.context import TrainingContext
@@ -223,7 +222,8 @@ class Learner:
     @classmethod
     def load(
         cls,
-        folder: Path | str,
+        source: Path | str,
+        /,
         *,
         model: nn.Module | None = None,
         strategy: str | Path | Mapping[str, Any] | Strategy | None = None,
@@ -240,16 +240,16 @@ class Learner:
             StateError: damaged, or of another strategy.
             ModelError: the base model is not the one that was recorded.
         """
-        state = load_state(Path(folder))
+        state = load_state(Path(source))
         if state.get("format") != FORMAT:
-            raise StateError(f"'{folder}' has format {state.get('format')!r}, this version reads {FORMAT}.")
+            raise StateError(f"'{source}' has format {state.get('format')!r}, this version reads {FORMAT}.")
         saved = Strategy.load({**state["strategy"], "name": state["strategy_name"]})
         if strategy is not None:
             check_same("strategy", saved.fingerprint(), Strategy.load(strategy).fingerprint())
         spec = state["model_spec"]
         if model is None and isinstance(spec, dict) and spec.get("kind") == "object":
             raise StateError(
-                f"'{folder}' was made with a model object ({spec.get('class')}): hand the same model in, "
+                f"'{source}' was made with a model object ({spec.get('class')}): hand the same model in, "
                 "Learner.load(folder, model=...)."
             )
         learner = cls(
@@ -409,7 +409,12 @@ class Learner:
         progress = Progress(seconds=time.perf_counter() - started)
         if experience.index == 0 and stream is not None and self.monitor is not None and self._comparable(experience):
             self._register_ahead(stream, range(len(stream)))
-            self._measured(self.monitor, INITIAL, range(len(stream)))
+            tables = self.monitor.tables()
+            with evaluating(self.model):
+                scores = score_tables(
+                    list(tables.values()), context.forward, context.active_at_test, self.objective, self.device
+                )
+            self.monitor.record_initial(dict(zip(tables, scores, strict=True)))
         return progress
 
     def _measure(self, experience: Experience, stream: Stream | None) -> None:
@@ -420,13 +425,10 @@ class Learner:
             following = range(experience.index + 1, min(experience.index + 2, len(stream)))
             self._register_ahead(stream, following)
             known = [*known, *following]
-        self._measured(self.monitor, experience.index, known)
-
-    def _measured(self, monitor: Monitor, update: int, experiences: Iterable[int]) -> None:
         context = self.context
         with evaluating(self.model):
-            monitor.measure(
-                update, context.forward, context.active_at_test, self.objective, self.device, set(experiences)
+            self.monitor.measure(
+                experience.index, context.forward, context.active_at_test, self.objective, self.device, known
             )
 
     def _register_ahead(self, stream: Stream, indices: Iterable[int]) -> None:

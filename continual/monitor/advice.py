@@ -66,7 +66,9 @@ def _worst(lines: Sequence[Line], status: str) -> Line | None:
 
 
 def _size(line: Line, objective: Objective) -> str:
-    size = abs(line.change or 0.0)
+    if line.change is None:
+        return "its scores, which are no longer finite"
+    size = abs(line.change)
     return f"{100 * size:.1f} points" if objective == "classification" else f"{size:.3f}"
 
 

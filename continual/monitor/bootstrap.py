@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from continual.monitor.metrics import Floats, forgetting, mean_known, metric_arrays
+from continual.monitor.metrics import Floats, bwt, forgetting, mean_known, metric_arrays
 from continual.objective import Objective
 
 CHUNK = 4_000_000
@@ -96,7 +96,7 @@ def bootstrap(
                 flips_CS[:, place] = means_CM[:, -1]
         found = metric_arrays(R_CUS, initial_CS, objective)
         found["negative_flips"] = mean_known(flips_CS)
-        found["noise"] = forgetting(R_CUS - matrix_US)
+        found["noise"] = forgetting(R_CUS - matrix_US) + np.nan_to_num(bwt(R_CUS - matrix_US))  # whose mean is 0
         found["last"] = R_CUS[:, -1]
         for name, values in found.items():
             parts.setdefault(name, []).append(values)

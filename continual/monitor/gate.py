@@ -34,9 +34,9 @@ class Verdict:
 
     Attributes:
         name: of the test set.
-        verdict: ``fail``: the drop is significantly more than the margin; ``pass``: significantly less; otherwise
-            ``cannot tell``.
-        drop: mean score before minus mean score after; None where no row was measured.
+        verdict: ``fail``: the drop is significantly more than the margin, or scores that were finite no longer are;
+            ``pass``: the drop is significantly less; otherwise ``cannot tell``.
+        drop: mean score before minus mean score after; None where it is no number.
         low, high: the two-sided interval of the drop at confidence 1 - 2 * level; None where it cannot be computed.
         margin: the drop that is allowed.
         p_value: one-sided, of "the drop is at most the margin", corrected for the number of test sets.
@@ -160,6 +160,9 @@ def _compare(before_N: ArrayLike, after_N: ArrayLike, margin: float, level: floa
     count, drop_N = len(before), before - after
     if count == 0:
         return _Comparison(math.nan, math.nan, math.nan, 1.0, math.nan, 0)
+    if not np.isfinite(drop_N).all():
+        broken = bool(np.isfinite(before).all())
+        return _Comparison(math.nan, math.nan, math.nan, 0.0 if broken else 1.0, math.nan, count)
     low, high = drop_interval(before, after, level)
     if is_binary(before) and is_binary(after):
         lost, won = int((drop_N > 0).sum()), int((drop_N < 0).sum())

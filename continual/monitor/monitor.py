@@ -160,11 +160,11 @@ class Monitor:
         Args:
             update: as in :meth:`record`.
             forward, active, objective, device: as in :func:`~continual.monitor.evaluation.score_tables`.
-            experiences: measure these test sets only, and no probe; None for everything.
+            experiences: measure these test sets only, beside the probes; None for all.
         """
         tests = self.tables()
         chosen = sorted(tests) if experiences is None else sorted(set(experiences) & set(tests))
-        probes = self.probes if experiences is None else {}
+        probes = self.probes
         tables = [tests[index] for index in chosen] + list(probes.values())
         if not tables:
             return
@@ -386,7 +386,7 @@ class Monitor:
                 raise StreamError(f"{what} has {len(target.rows)} rows and scores of {wrong}: give one for each row.")
         for target, _, given in found:
             assert target is not None
-            target.scores[update] = {name: s.detach().to("cpu", torch.float32) for name, s in given.items()}
+            target.scores[update] = {name: _finite(s) for name, s in given.items()}
         self._resampled = None
 
     def _sets(self) -> list[_Set]:
@@ -451,6 +451,12 @@ def _state(one: _Set) -> dict[str, Any]:
 def _loaded(state: dict[str, Any]) -> _Set:
     scores = {int(u): _scores(kept) for u, kept in zip(state["updates"], state["scores"], strict=True)}
     return _Set(state["name"], state["rows"], None, bool(state["ahead"]), scores)
+
+
+def _finite(score_N: Tensor) -> Tensor:
+    """float32 on the CPU, NaN in place of infinities, so that no difference of two of them is taken."""
+    score_N = score_N.detach().to("cpu", torch.float32)
+    return torch.where(score_N.isfinite(), score_N, torch.nan)
 
 
 def _named(scores: Scores) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from scipy.special import ndtri, stdtrit
 
 from continual.monitor.gate import is_binary
+from continual.monitor.metrics import defined
 
 CHURN = 0.02
 """Assumed where none was measured."""
@@ -67,7 +68,7 @@ def smallest_detectable_drop(
 
     Returns:
         In the unit of the scores, at most 1 for 0/1 scores; None where there are no rows, or no differences to tell the
-        spread of scores that are not 0/1.
+        spread of scores that are not 0/1, or scores that are not finite.
     """
     before = np.asarray(before_N, dtype=np.float64)
     after = None if after_N is None else np.asarray(after_N, dtype=np.float64)
@@ -78,7 +79,7 @@ def smallest_detectable_drop(
         return _smallest_share(count, CHURN if after is None else symmetric_churn(before, after), power, level)
     if after is None or count < 2:
         return None
-    return (_z(level) + _z(1 - power)) * float((before - after).std(ddof=1)) / math.sqrt(count)
+    return defined((_z(level) + _z(1 - power)) * float((before - after).std(ddof=1)) / math.sqrt(count))
 
 
 def symmetric_churn(before_N: ArrayLike, after_N: ArrayLike) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from continual.models.output import Output
 from continual.objective import Objective
 from continual.randomness import Randomness
-from continual.spec import Spec
+from continual.spec import Spec, parse
 from continual.state import tensor_bytes
 from continual.streams.experience import Experience, Scenario
 from continual.table import Batch, Table
@@ -116,7 +116,8 @@ class Part:
     context: Context
 
     def __init__(self, **settings: Any) -> None:
-        self.settings = self.Settings(**settings)
+        kind = settings.get("kind", getattr(self.Settings.model_fields.get("kind"), "default", type(self).__name__))
+        self.settings = parse(self.Settings, settings, f"{self.slot}/{kind}")
 
     @property
     def kind(self) -> str:

@@ -32,10 +32,10 @@ def training_batches(
     if drop_last:
         order_N = order_N[: rows - rows % batch_size]
     if lengths_N is None or len(order_N) == 0:
-        return list(order_N.split(batch_size)) if len(order_N) else []
+        return list(torch.split(order_N, batch_size)) if len(order_N) else []
     batches: list[Tensor] = []
-    for window in order_N.split(_WINDOW * batch_size):
-        batches.extend(window[lengths_N[window].argsort(stable=True)].split(batch_size))
+    for window in torch.split(order_N, _WINDOW * batch_size):
+        batches.extend(torch.split(window[lengths_N[window].argsort(stable=True)], batch_size))
     return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
 
 
@@ -46,4 +46,4 @@ def evaluation_batches(lengths_N: Tensor | None, rows: int, batch_size: int) -> 
         int64 index tensors, each (B,).
     """
     order_N = torch.arange(rows) if lengths_N is None else lengths_N.argsort(stable=True)
-    return list(order_N.split(batch_size)) if rows else []
+    return list(torch.split(order_N, batch_size)) if rows else []

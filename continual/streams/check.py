@@ -78,7 +78,7 @@ def _labels(experience: Experience, part: str, table: Table, where: str) -> Iter
         return
     met = range(len(experience.class_names))
     allowed = experience.classes if part == "train" or experience.scenario == "task" else met
-    wrong = sorted(set(labels.unique().tolist()) - set(allowed))
+    wrong = sorted(set(torch.unique(labels).tolist()) - set(allowed))
     if wrong:
         shown = quoted(wrong[:5])
         yield f"{where}, {part} has labels {shown}, none of its class ids ({_span(list(allowed))}): mend them."
@@ -97,8 +97,8 @@ def _classes(stream: Stream, experiences: list[Experience]) -> Iterator[str]:
         shared = [c for c in experience.classes if c in owner]
         if shared:
             yield (
-                f"experiences '{owner[shared[0]]}' and '{experience.name}' share the class ids {quoted(shared[:5])}, and "
-                "in the scenario 'task' each has its own: give new ids or use the scenario 'domain'."
+                f"experiences '{owner[shared[0]]}' and '{experience.name}' share the class ids {quoted(shared[:5])}, "
+                "and in the scenario 'task' each has its own: give new ids or use the scenario 'domain'."
             )
         owner |= dict.fromkeys(experience.classes, experience.name)
 

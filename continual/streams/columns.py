@@ -29,7 +29,7 @@ def replace_columns(table: Table, columns: dict[str, Tensor]) -> Table:
         return Mapped(base, kept) if kept else base
     if isinstance(table, Concat):
         sizes = [len(part) for part in table.tables]
-        pieces = {name: column.split(sizes) for name, column in columns.items()}
+        pieces = {name: torch.split(column, sizes) for name, column in columns.items()}
         return Concat(
             [
                 replace_columns(part, {name: pieces[name][place] for name in columns})

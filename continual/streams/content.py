@@ -35,7 +35,8 @@ _finite: WeakKeyDictionary[Table, Tensor] = WeakKeyDictionary()
 def row_keys(table: Table) -> Keys:
     """The key of each row's content, int64 (N,)."""
     if isinstance(table, View):
-        return row_keys(table.base)[table.index_N.cpu().numpy()]
+        keys: Keys = row_keys(table.base)[table.index_N.cpu().numpy()]
+        return keys
     if isinstance(table, Mapped):
         return row_keys(table.base)
     if isinstance(table, Concat):

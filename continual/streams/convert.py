@@ -1,4 +1,4 @@
-"""What people already have, as tables and experiences: torch and Hugging Face data sets, loaders, arrays, data frames."""
+"""What people already have, as tables and experiences: data sets of torch and Hugging Face, arrays, data frames."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from continual.streams.columns import labels_of, replace_columns
 from continual.streams.experience import Experience, Scenario
 from continual.streams.labels import unused
 from continual.streams.sources.rows import PARTS, Part, Values, class_indices, float_targets
-from continual.table import ArrowTable, Ragged, Table, TensorTable
+from continual.table import IGNORED, ArrowTable, Ragged, Table, TensorTable
 
 _ALIASES = {
     "features": "inputs", "input": "inputs", "x": "inputs",
     "label": "labels", "target": "labels", "targets": "labels", "y": "labels",
 }  # fmt: skip
+_TOKENS = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
 _ROW_ROOM = 2**38
 _IN_MEMORY = 2**30
 
@@ -33,8 +34,8 @@ def as_table(data: Any, *, what: str = "train") -> Table:
 
     Args:
         data: a table; a torch ``Dataset`` (with a length; its items are stacked once) or ``DataLoader`` (its data set
-            where it draws every row once and collates as usual, else one pass over it); a ``datasets.Dataset``; a pair of
-            inputs and labels; a mapping from column to array, tensor or list; a data frame with such columns.
+            where it draws every row once and collates as usual, else one pass over it); a ``datasets.Dataset``; a pair
+            of inputs and labels; a mapping from column to array, tensor or list; a data frame with such columns.
         what: what error sentences call it.
 
     Raises:
@@ -104,8 +105,9 @@ def as_experience(
             start = (index * len(PARTS) + PARTS.index(part)) * _ROW_ROOM
             columns[part]["row"] = torch.arange(start, start + len(table))
     rows = torch.cat([column["row"].cpu() for column in columns.values()])
-    if len(rows.unique()) < len(rows):
-        raise StreamError(f"{name}: {len(rows) - len(rows.unique())} row ids repeat: give each row its own.")
+    repeated = len(rows) - len(torch.unique(rows))
+    if repeated:
+        raise StreamError(f"{name}: {repeated} row ids repeat: give each row its own.")
     made = {part: replace_columns(table, columns[part]) for part, table in tables.items()}
     return Experience(
         index, name, made["train"], made.get("valid"), made.get("test"), classes, names, scenario, objective
@@ -118,7 +120,7 @@ def _class_ids(
     met = {} if scenario == "task" else {old: place for place, old in enumerate(known)}
     given: dict[Part, Values | None] = {part: labels_of(table) for part, table in tables.items()}
     found, indices = class_indices(given, name, least=1, known=list(met))
-    present = [found[place] for place in indices["train"].unique().tolist()]
+    present = [found[place] for place in torch.unique(indices["train"]).tolist()]
     names = list(known)
     for new in present:
         if new in met:
@@ -186,12 +188,13 @@ def _from_columns(data: Mapping[str, Any], what: str) -> Table:
 def _column(name: str, values: Any, what: str) -> Tensor | Ragged | list[Any]:
     if isinstance(values, Tensor):
         return _narrow(values.detach())
-    plain = values if isinstance(values, np.ndarray) else list(values)
+    words = isinstance(values, np.ndarray) and values.dtype.kind in "UT"
+    plain = values if isinstance(values, np.ndarray) and not words else list(values)
     first = plain[0] if len(plain) else 0.0
-    if isinstance(first, str) or (isinstance(first, list | tuple) and first and isinstance(first[0], Mapping)):
-        return [value.item() if isinstance(value, np.generic) else value for value in plain]
-    if isinstance(plain, list) and name in ("input_ids", "labels") and isinstance(first, list):
-        return Ragged.from_lists(plain, 0 if name == "input_ids" else -100)
+    if words or isinstance(first, str) or (isinstance(first, list | tuple) and first and isinstance(first[0], Mapping)):
+        return [str(value) if isinstance(value, np.str_) else value for value in plain]
+    if isinstance(plain, list) and name in _TOKENS and isinstance(first, list):
+        return Ragged.from_lists(plain, _TOKENS[name])
     try:
         if isinstance(first, Tensor):
             return _narrow(torch.stack([value.detach() for value in plain]))

@@ -254,8 +254,8 @@ def by_value(index_N: Tensor) -> dict[int, Tensor]:
     if len(index_N) == 0:
         return {}
     order = index_N.argsort(stable=True)
-    values, counts = index_N[order].unique_consecutive(return_counts=True)
-    return dict(zip(values.tolist(), order.split(counts.tolist()), strict=True))
+    values, counts = torch.unique_consecutive(index_N[order], return_counts=True)
+    return dict(zip(values.tolist(), torch.split(order, counts.tolist()), strict=True))
 
 
 def _marked(rows: Rows, name: str, places: dict[Part, Tensor | None]) -> Piece:
@@ -265,5 +265,5 @@ def _marked(rows: Rows, name: str, places: dict[Part, Tensor | None]) -> Piece:
     classes: tuple[int, ...] = ()
     if rows.label_names:
         labels = [rows.tables[part].column("labels")[place] for part, place in known.items()]
-        classes = tuple(torch.cat(labels).unique().tolist())
+        classes = tuple(torch.unique(torch.cat(labels)).tolist())
     return Piece(name, known, classes=classes)

@@ -9,7 +9,7 @@ from continual.monitor import bootstrap as B
 from continual.monitor.metrics import metric_table
 
 
-def tests_of(binary: bool, rows: int = 60, seed: int = 0) -> list[B.Measured]:
+def made(binary: bool, rows: int = 60, seed: int = 0) -> list[B.Measured]:
     generator = np.random.default_rng(seed)
     found = []
     for place in range(3):
@@ -44,7 +44,7 @@ def slow(tests: list[B.Measured], resamples: int, seed: int) -> dict[str, np.nda
 
 @pytest.mark.parametrize("binary", [True, False])
 def test_intervals_equal_those_of_a_plain_loop(binary: bool) -> None:
-    tests = tests_of(binary)
+    tests = made(binary)
     found = B.bootstrap(tests, 3, "classification", resamples=4000, seed=1)
     expected = slow(tests, 1500, 2)
     assert set(found.metrics) == set(expected)
@@ -69,7 +69,7 @@ def test_patterns_of_rows_are_drawn_as_often_as_rows() -> None:
 
 @pytest.mark.parametrize("binary", [True, False])
 def test_chunks_change_nothing(binary: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    tests = tests_of(binary)
+    tests = made(binary)
     whole = B.bootstrap(tests, 3, "classification", resamples=50)
     monkeypatch.setattr(B, "CHUNK", 7 * 80)
     parts = B.bootstrap(tests, 3, "classification", resamples=50)
@@ -79,13 +79,13 @@ def test_chunks_change_nothing(binary: bool, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_same_seed_same_intervals_and_other_seed_others() -> None:
-    tests = tests_of(True)
+    tests = made(True)
     one, again, other = (B.bootstrap(tests, 3, "classification", 100, seed=seed) for seed in (3, 3, 4))
     assert one.metrics == again.metrics and one.metrics != other.metrics
 
 
 def test_confidence_and_objective_count() -> None:
-    tests = tests_of(False)
+    tests = made(False)
     wide, narrow = (B.bootstrap(tests, 3, "classification", 500, confidence).metrics for confidence in (0.99, 0.5))
     assert wide["accuracy"][0] < narrow["accuracy"][0] < narrow["accuracy"][1] < wide["accuracy"][1]
     assert B.bootstrap(tests, 3, "causal-lm", 500).metrics["retention"] != wide["retention"]

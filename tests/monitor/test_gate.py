@@ -45,8 +45,8 @@ def test_tango_interval_solves_its_equation(lost: int, won: int, rows: int) -> N
     assert slow_tango_statistic(lost, won, rows, high) == pytest.approx(-z, rel=1e-3)
 
 
-def test_tango_interval_of_published_examples() -> None:
-    """Tango 1998: cross-over of soft lenses, 0 and 1 discordant pairs... 44 pairs, 95 %: (-0.027, 0.118) reversed."""
+def test_tango_interval_at_its_ends() -> None:
+    """Without a change it has a closed form; exchanging before and after turns it round."""
     z = stats.norm.ppf(0.975)
     low, high = tango_interval(0, 0, 100, 0.025)
     assert high == pytest.approx(z**2 / (100 + z**2), rel=1e-6) and low == pytest.approx(-high)
@@ -114,11 +114,15 @@ def test_scores_that_never_changed() -> None:
     assert paired_drop(same, same - 0.5).verdict == "fail"
 
 
-def test_scores_that_are_not_finite_cannot_be_told() -> None:
-    before, after = np.linspace(0.1, 0.9, 20), np.full(20, np.nan)
-    verdict = paired_drop(before, after)
-    assert verdict.verdict == "cannot tell"
-    json.dumps(verdict.to_dict(), allow_nan=False)
+def test_scores_that_ceased_to_be_finite_fail() -> None:
+    good, bad = np.linspace(0.1, 0.9, 20), np.full(20, 0.5)
+    bad[3] = np.nan
+    for verdict in (paired_drop(good, bad, margin=0.5), *gate({"a": (good, bad)})):
+        assert verdict.verdict == "fail" and verdict.drop is None
+        json.dumps(verdict.to_dict(), allow_nan=False)
+    never = paired_drop(bad, bad)
+    assert never.verdict == "cannot tell" and never.p_value == 1.0
+    assert paired_drop(bad, good).verdict == "cannot tell"
 
 
 def test_holm_as_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""AdaLoRA over several tasks: the budget is met in every one of them, old adapters stay, a cut run goes on as it was."""
+"""AdaLoRA over several tasks: the budget is met in each of them, old adapters stay, a cut run goes on as it was."""
 
 from __future__ import annotations
 
@@ -74,9 +74,10 @@ def test_a_fresh_adapter_changes_nothing_and_a_merge_is_exact() -> None:
     assert sum(ranks_of(bench, "t0002")) == 0, "E begins at zero"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("across", ["merge", "stack"])
-@pytest.mark.parametrize("cut", [1, 6, 9])
+@pytest.mark.parametrize(
+    ("family", "cut"), [("mlp", 1), ("mlp", 6), ("mlp", 9), ("llama", 6), ("bert", 6), ("gpt2", 9)]
+)
 def test_cut_in_mid_task_goes_on_bit_for_bit(family: str, across: str, cut: int) -> None:
     """Before the first allocation, in the midst of them, and after the last one (step 7 of 10)."""
     settings = {**SMALL, "across_tasks": across, "dropout": 0.2, "interval": 2}
@@ -167,7 +168,9 @@ def test_a_layer_that_is_not_used_takes_no_ranks_from_the_others(orthogonal: flo
     bench.step(0, 8)
     pooler = part_of(bench).adapters.layers["pooler.dense"]
     unused = adapter_parameters(pooler, "t0001")
-    assert unused["lora_E"].grad is None and (unused["lora_A"].grad is None) == (orthogonal == 0), "gradients are put back"
+    assert unused["lora_E"].grad is None and (unused["lora_A"].grad is None) == (orthogonal == 0), (
+        "gradients are put back"
+    )
     bench.loop.end()
     left = part_of(bench).history[0]["ranks"]
     assert left["pooler.dense"] == 0 and sum(left.values()) == 2 * len(left)

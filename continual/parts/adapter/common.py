@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from continual.errors import CompositionError, ModelError, StateError
-from continual.models.lowrank import Fold, adapted_layers, adapter_bytes, adapter_parameters, base_weight, fold, merge_fold
+from continual.models.lowrank import (
+    Fold,
+    adapted_layers,
+    adapter_bytes,
+    adapter_parameters,
+    base_weight,
+    fold,
+    merge_fold,
+)
 from continual.parts.adapter.targets import Target, exactly, linear_layers, resolve
 from continual.state import tensor_bytes
 
@@ -85,7 +93,7 @@ class Adapters:
         return name
 
     def check_mergeable(self) -> None:
-        """Raise :class:`CompositionError` unless adapters can be added to the base weights without rounding: float32."""
+        """Raise :class:`CompositionError` unless adapters add to the base weights without rounding: float32."""
         for name, layer in self.layers.items():
             if base_weight(layer).dtype != torch.float32:
                 raise CompositionError(

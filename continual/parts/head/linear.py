@@ -59,7 +59,7 @@ class LinearHeadSettings(Spec):
             raise ValueError("init 'zero' gives no direction to normalise: use 'uniform' or 'mean'")
         if self.init == "mean" and not self.normalize and self.bias is False:
             raise ValueError("init 'mean' without normalize needs the bias: leave 'bias' out, or set 'normalize: true'")
-        if "init_rows" in self.model_fields_set and self.init != "mean":
+        if self.init_rows != 100 and self.init != "mean":
             raise ValueError("init_rows is read by init 'mean' only: leave it out")
         return self
 

@@ -95,7 +95,7 @@ def _linear_squares(total_OI: Tensor, a: Tensor, d: Tensor) -> None:
 
 
 LINEAR = Form(_linear_rows, _linear_squares)
-BIAS = Form(lambda a, d: _tokens(d).sum(1))
+BIAS = Form(lambda a, d: d if d.dim() == 2 else _tokens(d).sum(1))
 TRANSPOSED = Form(lambda a, d: torch.bmm(_tokens(a).mT, _tokens(d)))
 
 

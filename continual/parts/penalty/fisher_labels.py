@@ -4,7 +4,7 @@
 the model's own distribution, an unbiased estimate of the Fisher. ``predicted``: the most likely label. ``all``: the
 exact expectation over the classes. Options as in van de Ven 2025 (arXiv 2502.11756).
 
-Letters: B rows, K classes, T tokens, V vocabulary.
+Letters: B rows, K classes, T tokens, V vocabulary, N places that a label is drawn for.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from continual.errors import CompositionError
 from continual.models.output import Output
 from continual.objective import Objective, mask_logits
 from continual.parts.part import Context
+from continual.parts.penalty.fisher_forms import LIMIT
 from continual.table import IGNORED, Batch
 
 Labels = Literal["true", "sampled", "predicted", "all"]
@@ -74,38 +75,46 @@ def targets(
     """
     if context.objective == "classification":
         active = context.active(batch)
-        probability_BK = mask_logits(logits.float(), active).softmax(-1)
+        competing = mask_logits(logits.float(), active)
         if labels == "all":
+            probability_BK = competing.softmax(-1)
             counted_B = batch["labels"] != IGNORED
             for label in range(logits.shape[-1]):
                 target_B = torch.full_like(batch["labels"], label)
                 yield Target({**batch, "labels": target_B}, active, probability_BK[:, label].sqrt() * counted_B)
             return
-        chosen = _choose(probability_BK, labels, generator, batch["labels"])
+        chosen = _choose(competing, labels, generator, batch["labels"])
         yield Target({**batch, "labels": chosen}, active)
     elif labels == "true":
         yield Target(batch)
     elif context.objective == "regression":
         yield Target({**batch, "labels": _gaussian(logits, generator).reshape(batch["labels"].shape)})
     elif context.objective == "causal-lm":
-        chosen = _choose(logits[:, :-1].float().softmax(-1), labels, generator, batch["labels"][:, 1:])
+        chosen = _choose(logits[:, :-1], labels, generator, batch["labels"][:, 1:])
         yield Target({**batch, "labels": torch.cat([batch["labels"][:, :1], chosen], 1)})
     else:
-        chosen = _choose(logits.float().softmax(-1), labels, generator, batch["labels"])
+        chosen = _choose(logits, labels, generator, batch["labels"])
         yield Target({**batch, "labels": chosen})
 
 
-def _choose(probability: Tensor, labels: Labels, generator: torch.Generator | None, true: Tensor) -> Tensor:
-    """Labels from probabilities (..., K); a place that is not counted stays so."""
+def _choose(logits: Tensor, labels: Labels, generator: torch.Generator | None, true: Tensor) -> Tensor:
+    """Labels from logits (..., K), drawn by inverting the distribution; a place that is not counted stays so."""
     if labels == "true":
         return true
     if labels == "predicted":
-        return torch.where(true != IGNORED, probability.argmax(-1), true)
-    sum_K = probability.double().cumsum(-1)
-    uniform = torch.rand(true.shape, generator=generator).to(probability.device, torch.float64)
-    place = torch.searchsorted(sum_K, (uniform * sum_K[..., -1])[..., None], right=True)
-    drawn: Tensor = torch.where(true != IGNORED, place.squeeze(-1), true)
-    return drawn
+        return torch.where(true != IGNORED, logits.argmax(-1), true)
+    uniform = torch.rand(true.shape, generator=generator).to(logits.device, torch.float64)
+    step = max(1, LIMIT // logits.shape[-1])
+    places = zip(torch.split(logits.flatten(0, -2), step), torch.split(uniform.flatten(), step), strict=True)
+    drawn = torch.cat([_invert(logits_NK, uniform_N) for logits_NK, uniform_N in places])
+    kept: Tensor = torch.where(true != IGNORED, drawn.view(true.shape), true)
+    return kept
+
+
+def _invert(logits_NK: Tensor, uniform_N: Tensor) -> Tensor:
+    """The class at which the cumulative distribution passes each of the uniform numbers, int64 (N,)."""
+    sum_NK = (logits_NK.double() - logits_NK.amax(-1, keepdim=True)).exp_().cumsum_(-1)
+    return torch.searchsorted(sum_NK, (uniform_N * sum_NK[:, -1])[:, None], right=True).squeeze(-1)
 
 
 def _gaussian(logits: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -74,8 +74,8 @@ class HubSource(TabularSource):
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reason = " ".join(str(error).split())
             raise StreamError(
-                f"the data set '{self.name}' could not be loaded ({reason}): check the name and the connection, or name "
-                "a folder written by save_to_disk."
+                f"the data set '{self.name}' could not be loaded ({reason}): check the name and the connection, or "
+                "name a folder written by save_to_disk."
             ) from error
         return dict(found) if isinstance(found, dict) else {"train": found}
 

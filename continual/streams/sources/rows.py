@@ -156,7 +156,7 @@ def class_indices(
         found_names = tuple(place)
     else:
         arrays = {part: np.asarray(found) for part, found in values.items()}
-        past = [int(name) for name in known if name.removeprefix("-").isdigit()]
+        past = [int(name) for name in known if _is_whole(name)]
         present = np.unique(np.concatenate([arrays["train"], np.array(past, dtype=np.int64)]))
         for part, array in arrays.items():
             strangers = np.setdiff1d(array, present)
@@ -226,6 +226,11 @@ def _class_values(labels: Values | None, where: str) -> list[str] | npt.NDArray[
     return values
 
 
+def _is_whole(name: str) -> bool:
+    digits = name.removeprefix("-")
+    return digits.isascii() and digits.isdigit() and str(int(name)) == name
+
+
 def _check_features(table: Table, where: str) -> None:
     for name in TEXTS:
         if name in table.names:
@@ -287,10 +292,9 @@ def _row_ids(raws: dict[Part, Raw], where: str) -> dict[Part, Tensor]:
     if any(given) and not all(given):
         raise StreamError(f"{where}: some parts have row ids and others have none: give all of them ids, or none.")
     everything = torch.cat(list(ids.values()))
-    if len(everything.unique()) < len(everything):
-        raise StreamError(
-            f"{where}: {len(everything) - len(everything.unique())} row ids repeat: give each row its own."
-        )
+    repeated = len(everything) - len(torch.unique(everything))
+    if repeated:
+        raise StreamError(f"{where}: {repeated} row ids repeat: give each row its own.")
     return ids
 
 

@@ -1,0 +1,230 @@
+"""Strategies × streams × seeds, each cell a run in its own folder, several at a time on one machine.
+
+A cell that is finished is never run twice, one that was cut off goes on, one that fails says why and stops no other,
+and a process that the system kills costs its own cell only. ``cell.json`` in a cell's folder holds what was asked for;
+when the study asks for something else there, the old run is moved aside, not overwritten.
+
+Processes are spawned, so a script of your own that calls :func:`run_study` needs ``if __name__ == "__main__":``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from continual import provenance
+from continual.errors import StateError
+from continual.report.load import CELL, ERROR, RESULT, Failure, load_result
+from continual.report.markdown import csv_table, markdown_report
+from continual.report.page import write_page
+from continual.state import write_text
+from continual.study.spec import Cell, Study
+from continual.study.worker import TRACEBACK, Slot, message_of
+
+RUNNER = "continual.run:run_cell"
+
+
+@dataclass(frozen=True)
+class CellOutcome:
+    """How a cell ended.
+
+    Attributes:
+        status: ``skipped`` was finished before.
+        message: why it failed, one sentence; empty otherwise.
+        seconds: that it took this time.
+    """
+
+    cell: Cell
+    status: Literal["done", "skipped", "failed"]
+    message: str = ""
+    seconds: float = 0.0
+
+
+def run_study(
+    study: Study,
+    out: Path,
+    workers: int = 1,
+    data: Path | None = None,
+    *,
+    device: str = "auto",
+    runner: str = RUNNER,
+    progress: bool | None = None,
+) -> list[CellOutcome]:
+    """Run what is not finished yet and write ``report.html``, ``report.md``, ``results.csv`` and ``study.json``.
+
+    Args:
+        out: cells go to ``out/<stream>/<strategy>/seed-<n>/``.
+        workers: processes at a time; each takes its share of the cores.
+        data: a folder with the data of the one stream, or with a folder for each.
+        runner: ``module:function`` with the signature of :func:`continual.run.run_cell`.
+        progress: None shows a bar where standard error is a terminal.
+
+    Returns:
+        One outcome for each cell, in the order of the study.
+
+    Raises:
+        SpecError: something in the study is wrong; nothing has run.
+        StateError: ``out`` cannot be written or another process runs a study there.
+    """
+    assert workers >= 1
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise StateError(f"another study is running in '{out}': wait for it, or name another out folder.") from error
+    except OSError as error:
+        raise StateError(f"'{out}' cannot be written ({error}): name another out folder.") from error
+    try:
+        return _run(study, out, workers, data, device, runner, progress)
+    finally:
+        lock.release()
+
+
+def _run(
+    study: Study, out: Path, workers: int, data: Path | None, device: str, runner: str, progress: bool | None
+) -> list[CellOutcome]:
+    cells = study.cells()
+    started = provenance.now()
+    outcomes: dict[str, CellOutcome] = Field(default_factory=dict)
+    jobs: deque[tuple[Cell, dict[str, Any]]] = deque()
+    for cell in cells:
+        folder = study.data_folder(cell, data)
+        asked = {
+            **cell.settings,
+            "seed": cell.seed,
+            "device": device,
+            "data": str(folder.resolve()) if folder else None,
+        }
+        try:
+            job = _prepare(cell, out / cell.label, asked)
+        except StateError as error:
+            outcomes[cell.label] = CellOutcome(cell, "failed", str(error))
+            continue
+        if job is None:
+            outcomes[cell.label] = CellOutcome(cell, "skipped")
+            continue
+        jobs.append((cell, {**job, "runner": runner, "data": folder, "device": device}))
+    with tqdm(
+        total=len(cells), initial=len(outcomes), unit="cell", disable=None if progress is None else not progress
+    ) as bar:
+        _work_off(jobs, outcomes, workers, bar)
+    ordered = [outcomes[cell.label] for cell in cells]
+    _write_reports(study, out, ordered, started, device)
+    return ordered
+
+
+def _prepare(cell: Cell, folder: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the worker needs to know, or None where the cell is finished."""
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+    known = folder / CELL
+    if known.is_file():
+        try:
+            before = str(json.loads(known.read_text(encoding="utf-8"))["sha256"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StateError(
+                f"'{known}' is damaged ({error}): move that folder away and call the study again."
+            ) from error
+        if before != digest:
+            _move_aside(folder, before)
+        elif (folder / RESULT).is_file():
+            load_result(folder)
+            return None
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise StateError(f"'{folder}' holds files that no study wrote: move them away, or name another out folder.")
+    content = {"stream": cell.stream, "strategy": cell.strategy, "seed": cell.seed, "sha256": digest, "settings": asked}
+    write_text(known, json.dumps(content, indent=1, sort_keys=True, default=str) + "\n")
+    for name in (ERROR, TRACEBACK):
+        (folder / name).unlink(missing_ok=True)
+    return {"cell": cell, "folder": folder, "resume": (folder / "run.json").is_file()}
+
+
+def _move_aside(folder: Path, digest: str) -> None:
+    for attempt in range(10_000):
+        aside = folder.parent / f".{folder.name}.{digest[:8]}.{attempt}.replaced"
+        if not aside.exists():
+            os.rename(folder, aside)
+            return
+
+
+def _work_off(
+    jobs: deque[tuple[Cell, dict[str, Any]]], outcomes: dict[str, CellOutcome], workers: int, bar: tqdm[Any]
+) -> None:
+    slots = [Slot(workers) for _ in range(min(workers, len(jobs)))]
+    idle = list(slots)
+    running: dict[Future[str], tuple[Slot, Cell, Path, float]] = Field(default_factory=dict)
+    try:
+        while jobs or running:
+            while jobs and idle:
+                slot, (cell, job) = idle.pop(), jobs.popleft()
+                running[slot.submit(job)] = (slot, cell, job["folder"], time.monotonic())
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                slot, cell, folder, began = running.pop(future)
+                message = message_of(future, folder)
+                if isinstance(future.exception(), BrokenProcessPool):
+                    slot.renew()
+                status: Literal["done", "failed"] = "failed" if message else "done"
+                outcomes[cell.label] = CellOutcome(cell, status, message, time.monotonic() - began)
+                idle.append(slot)
+                bar.update()
+                bar.set_postfix_str(f"{cell.label} {status}")
+    except BaseException:
+        for slot in slots:
+            slot.kill()
+        raise
+    finally:
+        for slot in slots:
+            slot.close()
+
+
+def _write_reports(study: Study, out: Path, outcomes: Sequence[CellOutcome], started: str, device: str) -> None:
+    content = {
+        "format": 1,
+        "study": study.name,
+        "summary": study.spec.summary,
+        "started": started,
+        "finished": provenance.now(),
+        "commit": provenance.commit(),
+        "versions": provenance.versions(),
+        "hardware": provenance.hardware(_device(device)),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "cells": [
+            {
+                "stream": one.cell.stream,
+                "strategy": one.cell.strategy,
+                "seed": one.cell.seed,
+                "status": one.status,
+                "message": one.message,
+                "seconds": round(one.seconds, 3),
+                "folder": one.cell.label,
+            }
+            for one in outcomes
+        ],
+    }
+    write_text(out / "study.json", json.dumps(content, indent=1) + "\n")
+    results = [load_result(out / one.cell.label) for one in outcomes if one.status != "failed"]
+    failed = [one for one in outcomes if one.status == "failed"]
+    failures = [Failure(one.cell.stream, one.cell.strategy, one.cell.seed, one.message) for one in failed]
+    write_text(out / "results.csv", csv_table(results))
+    write_text(out / "report.md", markdown_report(results, study.name, failures=failures))
+    write_page(results, out / "report.html", study.name, summary=study.spec.summary, failures=failures)
+
+
+def _device(device: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

@@ -1,0 +1,114 @@
+"""The processes of a study: one per slot, one cell at a time in each, so that a process that dies is known by its cell."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import traceback
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from continual.errors import ContinualError, StateError
+from continual.report.load import ERROR, load_result
+from continual.spec import load_object
+from continual.state import write_text
+
+TRACEBACK = "traceback.txt"
+
+
+def message_of(future: Future[str], folder: Path) -> str:
+    """Empty for a cell that is done; otherwise the sentence, which is in its ``error.txt`` too."""
+    error = future.exception()
+    if error is None:
+        return future.result()
+    if isinstance(error, BrokenProcessPool):
+        message = (
+            "its process was killed by the system, often for want of memory: call the study again to go on where it "
+            "stood, with fewer workers or a smaller batch."
+        )
+    else:
+        message = f"its process could not go on ({type(error).__name__}: {_line(error)})."
+    with contextlib.suppress(StateError):
+        write_text(folder / ERROR, message + "\n")
+    return message
+
+
+class Slot:
+    """One worker process, started when it is first needed."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._pool: ProcessPoolExecutor | None = None
+        self._pid: Future[int] | None = None
+
+    def submit(self, job: dict[str, Any]) -> Future[str]:
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=(self._workers,))
+            self._pid = self._pool.submit(os.getpid)
+        return self._pool.submit(_work, job)
+
+    def renew(self) -> None:
+        self.close()
+        self._pool = None
+
+    def kill(self) -> None:
+        if self._pid is not None and self._pid.done() and self._pid.exception() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid.result(), signal.SIGTERM)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start(workers: int) -> None:
+    """In the worker: Ctrl-C is the parent's to handle, and the cores are shared."""
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, cores // workers)))
+
+
+def _work(job: dict[str, Any]) -> str:
+    """In the worker: run one cell; what it prints goes to its ``log.txt``. Returns why it failed, or nothing."""
+    cell, folder = job["cell"], job["folder"]
+    with (
+        open(folder / "log.txt", "a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        try:
+            load_object(job["runner"], "runner")(
+                cell.stream_source,
+                cell.strategy_source,
+                seed=cell.seed,
+                out=folder,
+                data=job["data"],
+                model=cell.model,
+                device=job["device"],
+                resume=job["resume"],
+                overrides=cell.overrides,
+                strategy_name=cell.strategy,
+                progress=False,
+            )
+            load_result(folder)
+            return ""
+        except ContinualError as error:
+            message = _line(error)
+        except Exception as error:
+            message = (
+                f"it stopped with an error of its own ({type(error).__name__}: {_line(error)}): see traceback.txt."
+            )
+        write_text(folder / TRACEBACK, traceback.format_exc())
+        write_text(folder / ERROR, message + "\n")
+        return message
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
