@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from continual.errors import SpecError, unknown
 from continual.library import find_spec, library_names
 from continual.spec import read_yaml
@@ -50,7 +52,7 @@ def schema_of(kind: str) -> str:
     from continual.streams.spec import StreamSpec
     from continual.study import StudySpec
 
-    models = {"stream": StreamSpec, "strategy": StrategySpec, "study": StudySpec}
+    models: dict[str, type[BaseModel]] = {"stream": StreamSpec, "strategy": StrategySpec, "study": StudySpec}
     if kind not in models:
         raise SpecError(unknown("kind of file", kind, models))
     return json.dumps(models[kind].model_json_schema(), indent=1)

@@ -59,7 +59,7 @@ def run_command(
         out=out,
         data=data,
         model=model,
-        scenario=scenario,
+        scenario=scenario,  # type: ignore[arg-type]
         device=device,
         resume=resume,
         overrides=overrides,

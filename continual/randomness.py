@@ -93,8 +93,9 @@ def _seed_globals(seed: int) -> None:
 
 def _read_globals() -> dict[str, Any]:
     python = random.getstate()
-    legacy = np.random.get_state(legacy=True)  # noqa: NPY002
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    legacy: Any = np.random.get_state(legacy=True)  # noqa: NPY002
+    started = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.get_rng_state_all() if started else []
     return {
         "torch": torch.get_rng_state(),
         "cuda": list(cuda),

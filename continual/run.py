@@ -16,11 +16,12 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import nn
 
-from continual.errors import SpecError, StateError
-from continual.learner import Learner, Update
+from continual.errors import StateError
+from continual.learner import Learner
 from continual.learner.learner import resolve_device
 from continual.state import recover_folder, write_text
 from continual.strategy import Strategy
+from continual.streams.experience import Scenario
 from continual.streams.stream import Stream
 
 SAVE_EVERY = 500
@@ -34,7 +35,7 @@ def run_cell(
     out: Path,
     data: Path | None = None,
     model: str | Mapping[str, Any] | nn.Module | None = None,
-    scenario: str | None = None,
+    scenario: Scenario | None = None,
     device: str = "auto",
     resume: bool = False,
     overrides: Mapping[str, Any] | None = None,
@@ -127,7 +128,7 @@ def _write(out: Path, learner: Learner, result: dict[str, Any]) -> None:
     if learner.monitor is not None:
         scores = learner.monitor.tensors()
         if scores:
-            save_file(scores, out / "scores.safetensors")
+            save_file({name: tensor.contiguous().clone() for name, tensor in scores.items()}, out / "scores.safetensors")
     if any(part.slot == "adapter" for part in learner.parts):
         learner.export(out / "adapter")
     write_text(out / "result.json", json.dumps(result, indent=1, allow_nan=False))
@@ -153,5 +154,3 @@ class _alone:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-
-__all__ = ["SAVE_EVERY", "SpecError", "Update", "run_cell"]

@@ -183,7 +183,7 @@ class ArrowTable(Table):
                 if name == "input_ids":
                     batch["attention_mask"] = mask_BT
             else:
-                batch[name] = _narrow(torch.as_tensor(columns[name]))
+                batch[name] = _narrow(torch.tensor(columns[name]))
         return batch
 
     @property
@@ -193,7 +193,7 @@ class ArrowTable(Table):
     def column(self, name: str) -> Tensor:
         if name not in self._numbers or name in self.pads:
             raise self.missing(name)
-        return _narrow(torch.as_tensor(self.dataset.with_format("numpy", columns=[name])[:][name]))
+        return _narrow(torch.tensor(self.dataset.with_format("numpy", columns=[name])[:][name]))
 
     def strings(self, name: str) -> Sequence[Any]:
         if name not in self.names or name in self._numbers:
@@ -208,7 +208,7 @@ class ArrowTable(Table):
             import pyarrow.compute as pc
 
             flat = self.dataset.with_format("arrow", columns=["input_ids"])[:].column("input_ids")
-            self._lengths = torch.from_numpy(pc.list_value_length(flat).to_numpy()).to(torch.int64)
+            self._lengths = torch.tensor(pc.list_value_length(flat).to_numpy(), dtype=torch.int64)
         return self._lengths
 
     def select(self, index: Tensor) -> Table:
@@ -219,9 +219,9 @@ class View(Table):
     """Some rows of another table, by index, without a copy."""
 
     def __init__(self, base: Table, index_N: Tensor) -> None:
-        if isinstance(base, View):
-            base, index_N = base.base, base.index_N[index_N]
-        self.base, self.index_N = base, index_N.to(torch.int64)
+        view = base if isinstance(base, View) else None
+        self.base: Table = base if view is None else view.base
+        self.index_N: Tensor = (index_N if view is None else view.index_N[index_N]).to(torch.int64)
 
     def __len__(self) -> int:
         return self.index_N.numel()
@@ -294,7 +294,7 @@ class Concat(Table):
     def __getitem__(self, index_B: Tensor) -> Batch:
         owner_B = torch.searchsorted(self._starts[1:], index_B.cpu(), right=True)
         batches, places = [], []
-        for owner in owner_B.unique().tolist():
+        for owner in sorted(set(owner_B.tolist())):
             places_b = (owner_B == owner).nonzero().flatten()
             batches.append(self.tables[owner][index_B[places_b] - self._starts[owner]])
             places.append(places_b)

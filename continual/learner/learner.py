@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from continual.errors import ModelError, SpecError, StateError
+from continual.errors import CompositionError, ModelError, SpecError, StateError
 from continual.learner.checkpoint import FORMAT, check_same, table_from_state, table_state
 from continual.learner.optimizer import load_optimizer_state, make_optimizer, optimizer_state
 from continual.learner.result import result_of
@@ -25,6 +25,9 @@ from continual.models.model import Model
 from continual.monitor.evaluation import evaluating, score_tables
 from continual.monitor.monitor import Monitor
 from continual.objective import Objective
+from continual.parts.adapter.adalora import AdaLoRA
+from continual.parts.adapter.export import export_adapter
+from continual.parts.adapter.lora import LoRA
 from continual.parts.context import TrainingContext
 from continual.parts.head.linear import LinearHead
 from continual.parts.part import SLOTS, Part
@@ -218,6 +221,20 @@ class Learner:
         """
         save_state(Path(folder), self._state(with_tests=True))
         return Path(folder)
+
+    def export(self, folder: Path | str, *, max_rank: int | None = None) -> Path:
+        """Write what the adapters learnt as one plain LoRA folder that stock PEFT loads on the original base.
+
+        Args:
+            max_rank: refuse a rank above it, such as a server's limit.
+
+        Raises:
+            CompositionError: the strategy trains no adapter.
+        """
+        for part in self.parts:
+            if isinstance(part, LoRA | AdaLoRA):
+                return export_adapter(self.model, part, Path(folder), max_rank=max_rank)
+        raise CompositionError(f"strategy '{self.strategy.name}' trains no adapter: export() is for those that do.")
 
     @classmethod
     def load(
@@ -572,6 +589,7 @@ class Learner:
             model = self.model
             if model.tokenizer is None:
                 raise ModelError("the rows are text and the model has no tokenizer: name a Hugging Face model.")
+            assert model.max_length is not None, "a model with a tokenizer has a longest row"
             return encode(table, model.tokenizer, self.objective, model.max_length)
         return table
 

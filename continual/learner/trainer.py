@@ -233,7 +233,7 @@ class Trainer:
         world = self.accelerator.num_processes
 
         def whole(rows: Tensor) -> Tensor:
-            parts = self.accelerator.gather(self.accelerator.pad_across_processes(rows.detach().contiguous()))
+            parts: Tensor = self.accelerator.gather(self.accelerator.pad_across_processes(rows.detach().contiguous()))
             return parts.view(world, -1, *rows.shape[1:]).transpose(0, 1).flatten(0, 1)[:size]
 
         return Output(whole(output.logits), None if output.features is None else whole(output.features))

@@ -54,7 +54,7 @@ def score_tables(
         active: which classes compete for the rows of a batch, bool (K,) or (B, K), None for all.
         objective: decides the scores (:func:`continual.objective.score_rows`).
         device: where the forward pass runs.
-        batch_size: rows of one forward pass.
+        batch_size: most rows of one forward pass.
 
     Returns:
         For each table: name of the score → float32 CPU (rows,), in the order of the table's rows, primary score first.
@@ -100,7 +100,7 @@ def _picks(table: Table, order_N: Tensor, batch_size: int) -> Iterator[Batch]:
 
 
 def _slices(tables: Sequence[Table], batch_size: int) -> Iterator[Batch]:
-    """All rows in order, ``batch_size`` at a time, across the borders of the tables."""
+    """All rows in order. Small tables share a batch; one that is half full ends with its table, which saves a copy."""
     parts: list[Batch] = []
     room = batch_size
     for table in tables:
@@ -110,7 +110,7 @@ def _slices(tables: Sequence[Table], batch_size: int) -> Iterator[Batch]:
             parts.append(_slice(table, start, stop))
             room -= stop - start
             start = stop
-            if room == 0:
+            if 2 * room <= batch_size:
                 yield parts[0] if len(parts) == 1 else concat_batches(parts)
                 parts, room = [], batch_size
     if parts:

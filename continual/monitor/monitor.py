@@ -325,6 +325,15 @@ class Monitor:
             "waiting": {str(index): _named(scores) for index, scores in sorted(self._waiting.items())},
         }
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The score of every row: ``EXPERIENCE/rows`` int64 (N,) and ``EXPERIENCE/UPDATE/SCORE`` float32 (N,)."""
+        found: dict[str, Tensor] = {}
+        for index, test in sorted(self._tests.items()):
+            found[f"{index}/rows"] = test.rows
+            for update in test.updates():
+                found |= {f"{index}/{update}/{name}": scores for name, scores in test.scores[update].items()}
+        return found
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`; tables that are registered already are kept.
 

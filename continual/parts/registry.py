@@ -38,9 +38,8 @@ def part_class(slot: Slot, kind: str, where: str) -> type[Part]:
         return found
     if kind not in PARTS[slot]:
         raise SpecError(f"{where}: {unknown(f'{slot} kind', kind, PARTS[slot])}")
-    found = load_object(PARTS[slot][kind], where)
-    assert issubclass(found, Part)
-    return found
+    known: type[Part] = load_object(PARTS[slot][kind], where)
+    return known
 
 
 __all__ = ["PARTS", "SLOTS", "part_class"]

@@ -96,7 +96,8 @@ def test_batches_of_ragged_rows_are_padded_to_their_own_longest() -> None:
     def forward(batch: Batch) -> Output:
         assert int(batch["attention_mask"].sum(1).max()) == batch["input_ids"].shape[1]
         widths.append(batch["input_ids"].shape[1])
-        return model(batch)
+        found: Output = model(batch)
+        return found
 
     score_tables(
         [table.select(torch.arange(20)), table.select(torch.arange(20, 40))],
@@ -177,7 +178,7 @@ def test_evaluation_never_changes_training() -> None:
             for _ in range(4):
                 optimizer.zero_grad()
                 loss = nn.functional.cross_entropy(model(table.column("inputs")), table.column("labels"))
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 if evaluate:
                     with evaluating(model):
                         score_tables(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from continual.monitor import metrics as M
+from continual.objective import Objective
 
 NAN = math.nan
 
@@ -44,7 +45,7 @@ def slow(R: np.ndarray, initial: np.ndarray, objective: str = "classification") 
 @pytest.mark.parametrize("objective", ["classification", "regression", "causal-lm", "seq2seq"])
 @pytest.mark.parametrize("shape", [(2, 2), (5, 5), (7, 4), (3, 6)])
 @pytest.mark.parametrize("gaps", [False, True])
-def test_metrics_equal_plain_loops(shape: tuple[int, int], gaps: bool, objective: str) -> None:
+def test_metrics_equal_plain_loops(shape: tuple[int, int], gaps: bool, objective: Objective) -> None:
     generator = np.random.default_rng(shape[0] * 10 + gaps)
     R, initial = generator.random((4, 3, *shape)), generator.random((4, 3, shape[1]))
     if objective != "classification":

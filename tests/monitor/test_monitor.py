@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from continual.errors import StateError, StreamError
 from continual.models.output import Output
+from continual.monitor.bootstrap import Resampled, bootstrap
 from continual.monitor.evaluation import evaluating
 from continual.monitor.gate import gate
 from continual.monitor.monitor import Monitor
@@ -64,11 +66,13 @@ def test_matrix_and_metrics() -> None:
 
 
 def test_intervals_are_computed_once_for_each_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    import continual.monitor.monitor as module
-
     calls = []
-    real = module.bootstrap
-    monkeypatch.setattr(module, "bootstrap", lambda *given: calls.append(1) or real(*given))
+
+    def counted(*given: Any) -> Resampled:
+        calls.append(1)
+        return bootstrap(*given)
+
+    monkeypatch.setattr("continual.monitor.monitor.bootstrap", counted)
     monitor = three_updates()
     monitor.metrics()
     assert not calls
@@ -331,13 +335,13 @@ def test_one_pass_measures_everything_and_changes_nothing() -> None:
         sizes.append(len(batch["labels"]))
         return Output(model(batch["inputs"]))
 
-    monitor = Monitor({"probe": rows(0)}, resamples=20, batch_size=40)
+    monitor = Monitor({"probe": rows(0)}, resamples=20, batch_size=70)
     monitor.register(0, "a", rows(0))
     monitor.register(1, "b", rows(30))
     draws = torch.get_rng_state()
     with evaluating(model):
         monitor.measure(0, forward, lambda batch: None, "classification", torch.device("cpu"))
-        assert sizes == [40, 40, 10]
+        assert sizes == [60, 30]
         monitor.measure(1, forward, lambda batch: None, "classification", torch.device("cpu"), experiences=[1])
     assert torch.equal(torch.get_rng_state(), draws)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
