@@ -64,7 +64,9 @@ def _stream(path: Path, data: Path | None, seed: int) -> Findings:
 
     stream = Stream.load(path, data=data, seed=seed)
     findings = Findings(wrong=check_stream(stream))
-    findings.right.append(f"stream '{stream.name}': {len(stream)} experiences, scenario {stream.scenario}, {stream.objective}")
+    findings.right.append(
+        f"stream '{stream.name}': {len(stream)} experiences, scenario {stream.scenario}, {stream.objective}"
+    )
     for experience in stream:
         sizes = [
             f"{what} {len(table)}"
@@ -81,7 +83,9 @@ def _strategy(path: Path) -> Findings:
 
     strategy = Strategy.load(path)
     parts = ", ".join(part.name for part in strategy.prototypes) or "no parts"
-    return Findings(right=[f"strategy '{strategy.name}': {parts}; {strategy.training.optimizer}, lr {strategy.training.lr:g}"])
+    return Findings(
+        right=[f"strategy '{strategy.name}': {parts}; {strategy.training.optimizer}, lr {strategy.training.lr:g}"]
+    )
 
 
 def _study(path: Path) -> Findings:

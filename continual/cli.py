@@ -34,8 +34,12 @@ def run_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints, result.json and figures.")],
     seed: Annotated[int, typer.Option("--seed", help="Root of every random draw.")] = 0,
     data: Data = None,
-    model: Annotated[str | None, typer.Option("--model", help="HF name or folder, mlp, or package.module:Class.")] = None,
-    scenario: Annotated[str | None, typer.Option("--scenario", help="task, domain or class; default: the stream's.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="HF name or folder, mlp, or package.module:Class.")
+    ] = None,
+    scenario: Annotated[
+        str | None, typer.Option("--scenario", help="task, domain or class; default: the stream's.")
+    ] = None,
     device: Device = "auto",
     precision: Annotated[str | None, typer.Option("--precision", help="fp32 or bf16; default: the strategy's.")] = None,
     settings: Annotated[
@@ -77,7 +81,9 @@ def run_command(
 @app.command("study")
 def study_command(
     file: Annotated[Path, typer.Argument(help="The study's YAML file.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the runs; default: runs/ and its name.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the runs; default: runs/ and its name.")
+    ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes at a time.")] = 1,
     data: Data = None,
     device: Device = "auto",

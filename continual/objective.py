@@ -71,9 +71,7 @@ def mask_logits(logits: Tensor, active: Tensor | None) -> Tensor:
     return logits if active is None else logits.masked_fill(~active, -torch.inf)
 
 
-def active_classes(
-    competition: Competition, owner_K: Tensor, labels_B: Tensor, *, all_seen: bool
-) -> Tensor | None:
+def active_classes(competition: Competition, owner_K: Tensor, labels_B: Tensor, *, all_seen: bool) -> Tensor | None:
     """Which classes compete for each row: bool (K,), (B, K), or None for all.
 
     Args:

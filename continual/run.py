@@ -74,7 +74,9 @@ def run_cell(
         finished = _look(out, request, resume)
         if finished is not None:
             return finished
-        learner = _learner(out, base, chosen, seed, resume, device=device, save_every=save_every, track=track, progress=progress)
+        learner = _learner(
+            out, base, chosen, seed, resume, device=device, save_every=save_every, track=track, progress=progress
+        )
         write_text(out / "run.json", json.dumps(request, indent=1))
         run = learner.run(loaded)
         if on_update is not None:
@@ -111,9 +113,7 @@ def _look(out: Path, request: dict[str, Any], resume: bool) -> dict[str, Any] | 
     return None
 
 
-def _learner(
-    out: Path, base: Any, strategy: Strategy, seed: int, resume: bool, **options: Any
-) -> Learner:
+def _learner(out: Path, base: Any, strategy: Strategy, seed: int, resume: bool, **options: Any) -> Learner:
     checkpoint = out / "checkpoint"
     recover_folder(checkpoint)
     if resume and checkpoint.exists():
@@ -128,7 +128,9 @@ def _write(out: Path, learner: Learner, result: dict[str, Any]) -> None:
     if learner.monitor is not None:
         scores = learner.monitor.tensors()
         if scores:
-            save_file({name: tensor.contiguous().clone() for name, tensor in scores.items()}, out / "scores.safetensors")
+            save_file(
+                {name: tensor.contiguous().clone() for name, tensor in scores.items()}, out / "scores.safetensors"
+            )
     if any(part.slot == "adapter" for part in learner.parts):
         learner.export(out / "adapter")
     write_text(out / "result.json", json.dumps(result, indent=1, allow_nan=False))
@@ -149,8 +151,9 @@ class _alone:
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
-            raise StateError(f"'{self._out}' is being written by another run: wait for it, or name another out folder.") from error
+            raise StateError(
+                f"'{self._out}' is being written by another run: wait for it, or name another out folder."
+            ) from error
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
-

@@ -35,7 +35,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError) as error:
         raise SpecError(f"'{path}' is not valid YAML ({' '.join(str(error).split())}): mend it there.") from error
     if not isinstance(content, dict):
-        raise SpecError(f"'{path}' holds {type(content).__name__}, not a mapping of keys to values: see `continual list`.")
+        raise SpecError(
+            f"'{path}' holds {type(content).__name__}, not a mapping of keys to values: see `continual list`."
+        )
     return content
 
 
@@ -59,7 +61,9 @@ def load_object(reference: str, where: str) -> Any:
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise SpecError(f"{where}: '{reference}' cannot be imported ({error}): check the name and the Python path.") from error
+        raise SpecError(
+            f"{where}: '{reference}' cannot be imported ({error}): check the name and the Python path."
+        ) from error
 
 
 def _sentence(model: type[BaseModel], error: ValidationError) -> str:

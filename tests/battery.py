@@ -57,7 +57,7 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "cost": cost}
 
 
-class CutOff(Exception):
+class CutOff(Exception):  # noqa: N818
     """Stands for a kill."""
 
 

@@ -21,7 +21,11 @@ def table_state(table: Table) -> dict[str, Any]:
     for name, column in everything.items():
         if mask is not None and column.shape == mask.shape and name in ("input_ids", "labels"):
             kept = mask.bool()
-            state["ragged"][name] = {"values": column[kept].to(torch.int32), "lengths": mask.sum(1), "pad": _pad(column, mask)}
+            state["ragged"][name] = {
+                "values": column[kept].to(torch.int32),
+                "lengths": mask.sum(1),
+                "pad": _pad(column, mask),
+            }
         else:
             state["dense"][name] = column
     return state

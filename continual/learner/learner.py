@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from torch import nn
 
 from continual.errors import CompositionError, ModelError, SpecError, StateError
 from continual.learner.checkpoint import FORMAT, check_same, table_from_state, table_state
@@ -71,7 +71,7 @@ class Learner:
         *,
         seed: int = 0,
         device: str = "auto",
-        monitor: Monitor | None | bool = None,
+        monitor: Monitor | bool | None = None,
         objective: Objective = "classification",
         scenario: Scenario = "class",
         folder: Path | str | None = None,
@@ -463,7 +463,9 @@ class Learner:
 
     def _comparable(self, experience: Experience) -> bool:
         """Whether a test set can be measured before its experience was learnt: every class has an output from the start."""
-        return self.objective != "classification" or (experience.scenario == "domain" and experience.total_classes is not None)
+        return self.objective != "classification" or (
+            experience.scenario == "domain" and experience.total_classes is not None
+        )
 
     def _prepared(self, experience: Experience) -> Experience:
         train, valid = self._encoded(experience.train), experience.valid
@@ -478,7 +480,12 @@ class Learner:
             train = concat([table for table, _ in self._past])
             valids = [table for _, table in self._past if table is not None]
             valid = concat(valids) if valids else None
-        return replace(experience, train=train, valid=valid, test=None if experience.test is None else self._encoded(experience.test))
+        return replace(
+            experience,
+            train=train,
+            valid=valid,
+            test=None if experience.test is None else self._encoded(experience.test),
+        )
 
     def _look_at(self, experience: Experience, stream: Stream | None) -> None:
         """Take in what an experience says of itself, and keep its test set."""
@@ -516,7 +523,12 @@ class Learner:
         for experience in stream[: self.updates]:
             if self.strategy.data == "cumulative":
                 valid = experience.valid
-                self._past.append((self._encoded(experience.train), self._encoded(valid) if valid is not None and len(valid) else None))
+                self._past.append(
+                    (
+                        self._encoded(experience.train),
+                        self._encoded(valid) if valid is not None and len(valid) else None,
+                    )
+                )
             if experience.test is not None and len(experience.test):
                 self._keep_test(experience.index, experience.name, self._encoded(experience.test))
         return stream[self.updates :]

@@ -134,9 +134,7 @@ class Trainer:
         progress.seconds = before + time.perf_counter() - started
         return progress
 
-    def _step(
-        self, optimizer: torch.optim.Optimizer, table: Table, groups: list[Tensor], progress: Progress
-    ) -> None:
+    def _step(self, optimizer: torch.optim.Optimizer, table: Table, groups: list[Tensor], progress: Progress) -> None:
         context = self.context
         optimizer.zero_grad(set_to_none=True)
         set_rate(optimizer, self.training, context.step, context.steps)

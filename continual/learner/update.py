@@ -35,7 +35,9 @@ class Update:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        shown = str(self.retention) if self.retention else f"update {self.index} · {self.name}: no test set, not measured"
+        shown = (
+            str(self.retention) if self.retention else f"update {self.index} · {self.name}: no test set, not measured"
+        )
         return "\n".join([shown, *(f"note: {note}" for note in self.notes)])
 
 

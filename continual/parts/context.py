@@ -200,7 +200,8 @@ class TrainingContext:
 
     def after_step(self) -> None:
         """Tell the parts that the optimiser has stepped."""
-        for batch, output, self.current_rows in self._last:
+        for batch, output, rows in self._last:
+            self.current_rows = rows
             for after in self._after:
                 after(batch, output)
         self._last.clear()
@@ -294,5 +295,3 @@ def _grown(value: Any, old: nn.Parameter, new: nn.Parameter) -> Any:
     grown = torch.zeros_like(new, dtype=value.dtype)
     grown[tuple(slice(size) for size in value.shape)] = value
     return grown
-
-

@@ -6,8 +6,8 @@ from continual.report.aggregate import Estimate, StrategySummary, StreamSummary,
 from continual.report.numbers import MINUS, Scale
 
 FORGETTING_NOTE = (
-    "Forgetting takes the best of several noisy measurements and is therefore biased upwards: with no forgetting at all "
-    "it reads about 4 points at 5 tasks of 100 test rows. Judge by BWT and by paired drops."
+    "Forgetting takes the best of several noisy measurements and is therefore biased upwards: with no forgetting at "
+    "all it reads about 4 points at 5 tasks of 100 test rows. Judge by BWT and by paired drops."
 )
 
 
@@ -80,8 +80,8 @@ def _lead(scale: Scale, best: StrategySummary, second: StrategySummary) -> str:
     if lead.low > 0:
         return f"The lead of {best.strategy} over {second.strategy} is {width} ({reach})."
     return (
-        f"{best.strategy} leads {second.strategy} by {width}, but the {reach} includes zero, so the order of the two is "
-        "not certain."
+        f"{best.strategy} leads {second.strategy} by {width}, but the {reach} includes zero, so the order of the two "
+        "is not certain."
     )
 
 

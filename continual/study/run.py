@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +31,7 @@ from continual.report.markdown import csv_table, markdown_report
 from continual.report.page import write_page
 from continual.state import write_text
 from continual.study.spec import Cell, Study
-from continual.study.worker import TRACEBACK, Slot, message_of
+from continual.study.worker import TRACEBACK, Worker, message_of
 
 RUNNER = "continual.run:run_cell"
 
@@ -67,7 +66,7 @@ def run_study(
 
     Args:
         out: cells go to ``out/<stream>/<strategy>/seed-<n>/``.
-        workers: processes at a time; each takes its share of the cores.
+        workers: processes at a time, a new one for each cell; each takes its share of the cores.
         data: a folder with the data of the one stream, or with a folder for each.
         runner: ``module:function`` with the signature of :func:`continual.run.run_cell`.
         progress: None shows a bar where standard error is a terminal.
@@ -100,7 +99,7 @@ def _run(
 ) -> list[CellOutcome]:
     cells = study.cells()
     started = provenance.now()
-    outcomes: dict[str, CellOutcome] = Field(default_factory=dict)
+    outcomes: dict[str, CellOutcome] = {}
     jobs: deque[tuple[Cell, dict[str, Any]]] = deque()
     for cell in cells:
         folder = study.data_folder(cell, data)
@@ -164,31 +163,24 @@ def _move_aside(folder: Path, digest: str) -> None:
 def _work_off(
     jobs: deque[tuple[Cell, dict[str, Any]]], outcomes: dict[str, CellOutcome], workers: int, bar: tqdm[Any]
 ) -> None:
-    slots = [Slot(workers) for _ in range(min(workers, len(jobs)))]
-    idle = list(slots)
-    running: dict[Future[str], tuple[Slot, Cell, Path, float]] = Field(default_factory=dict)
+    running: dict[Future[str], tuple[Worker, Cell, Path, float]] = {}
     try:
         while jobs or running:
-            while jobs and idle:
-                slot, (cell, job) = idle.pop(), jobs.popleft()
-                running[slot.submit(job)] = (slot, cell, job["folder"], time.monotonic())
+            while jobs and len(running) < workers:
+                cell, job = jobs.popleft()
+                worker = Worker(job, workers)
+                running[worker.future] = (worker, cell, job["folder"], time.monotonic())
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                slot, cell, folder, began = running.pop(future)
+                worker, cell, folder, began = running.pop(future)
+                worker.close()
                 message = message_of(future, folder)
-                if isinstance(future.exception(), BrokenProcessPool):
-                    slot.renew()
                 status: Literal["done", "failed"] = "failed" if message else "done"
                 outcomes[cell.label] = CellOutcome(cell, status, message, time.monotonic() - began)
-                idle.append(slot)
                 bar.update()
                 bar.set_postfix_str(f"{cell.label} {status}")
-    except BaseException:
-        for slot in slots:
-            slot.kill()
-        raise
     finally:
-        for slot in slots:
-            slot.close()
+        for worker, _, _, _ in running.values():
+            worker.kill()
 
 
 def _write_reports(study: Study, out: Path, outcomes: Sequence[CellOutcome], started: str, device: str) -> None:

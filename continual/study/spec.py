@@ -267,7 +267,7 @@ class Study:
     def _safe(self, name: str, what: str) -> str:
         if not _NAME.fullmatch(name):
             raise SpecError(
-                f"study '{self.name}': the {what} name '{name}' cannot be a folder: use letters, digits and . _ + - only, "
-                "with 'name:' if need be."
+                f"study '{self.name}': the {what} name '{name}' cannot be a folder: use letters, digits and . _ + - "
+                "only, with 'name:' if need be."
             )
         return name

@@ -1,4 +1,7 @@
-"""The processes of a study: one per slot, one cell at a time in each, so that a process that dies is known by its cell."""
+"""The processes of a study: each cell has one of its own, so that what it holds and how it dies is the cell's alone.
+
+(A process that ran several cells would report the largest memory of all of them for each.)
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,33 @@ from continual.state import write_text
 TRACEBACK = "traceback.txt"
 
 
+class Worker:
+    """A process that runs one cell.
+
+    Args:
+        job: what :func:`_work` takes.
+        workers: how many such processes share the cores.
+    """
+
+    def __init__(self, job: dict[str, Any], workers: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=(workers,))
+        self._pid = self._pool.submit(os.getpid)
+        self.future = self._pool.submit(_work, job)
+
+    def kill(self) -> None:
+        """End the process now; what it has saved stays."""
+        with contextlib.suppress(BrokenProcessPool, ProcessLookupError, TimeoutError):
+            pid = self._pid.result(timeout=60)
+            if not self.future.done():
+                os.kill(pid, signal.SIGTERM)
+        self.close()
+
+    def close(self) -> None:
+        """Wait for the process to end."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
 def message_of(future: Future[str], folder: Path) -> str:
     """Empty for a cell that is done; otherwise the sentence, which is in its ``error.txt`` too."""
     error = future.exception()
@@ -35,35 +65,6 @@ def message_of(future: Future[str], folder: Path) -> str:
     with contextlib.suppress(StateError):
         write_text(folder / ERROR, message + "\n")
     return message
-
-
-class Slot:
-    """One worker process, started when it is first needed."""
-
-    def __init__(self, workers: int) -> None:
-        self._workers = workers
-        self._pool: ProcessPoolExecutor | None = None
-        self._pid: Future[int] | None = None
-
-    def submit(self, job: dict[str, Any]) -> Future[str]:
-        if self._pool is None:
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=(self._workers,))
-            self._pid = self._pool.submit(os.getpid)
-        return self._pool.submit(_work, job)
-
-    def renew(self) -> None:
-        self.close()
-        self._pool = None
-
-    def kill(self) -> None:
-        if self._pid is not None and self._pid.done() and self._pid.exception() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid.result(), signal.SIGTERM)
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start(workers: int) -> None:

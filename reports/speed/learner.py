@@ -97,7 +97,9 @@ class Pooled(nn.Module):
 def bare_lora(table: TensorTable) -> float:
     from time import perf_counter
 
-    encoder = build_model("sentence-transformers/all-MiniLM-L6-v2", objective="classification", example=None).transformer
+    encoder = build_model(
+        "sentence-transformers/all-MiniLM-L6-v2", objective="classification", example=None
+    ).transformer
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "key", "value", "dense"])
     model = Pooled(get_peft_model(encoder, config)).train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -53,7 +53,7 @@ def test_digits_are_scaled_stratified_and_fixed() -> None:
     train, test = rows.tables["train"], rows.tables["test"]
     inputs = train.column("inputs")
     assert inputs.dtype == torch.float32 and inputs.shape[1] == 64
-    assert 0 <= inputs.min() and inputs.max() == 1
+    assert inputs.min() >= 0 and inputs.max() == 1
     assert sum(len(table) for table in rows.tables.values()) == 1797
     assert len(torch.unique(all_rows(rows))) == 1797
     share = test.column("labels").bincount() / torch.cat([t.column("labels") for t in rows.tables.values()]).bincount()
@@ -154,7 +154,7 @@ def test_mnist_from_files(tmp_path: Path, zipped: bool) -> None:
     rows = load(MnistSource(valid_share=0.25), tmp_path)
     assert {part: len(table) for part, table in rows.tables.items()} == {"train": 30, "valid": 10, "test": 20}
     inputs = rows.tables["test"].column("inputs")
-    assert inputs.shape == (20, 784) and inputs.dtype == torch.float32 and 0 <= inputs.min() and inputs.max() <= 1
+    assert inputs.shape == (20, 784) and inputs.dtype == torch.float32 and inputs.min() >= 0 and inputs.max() <= 1
     square = load(MnistSource(flatten=False), tmp_path / "MNIST").tables["test"].column("inputs")
     assert square.shape == (20, 1, 28, 28) and torch.equal(square.flatten(1), inputs)
 
