@@ -82,7 +82,9 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
         names = [name.strip(" '") for name in first["ctx"]["expected"].replace(" or ", ", ").split(",")]
         close = difflib.get_close_matches(found, names, n=1, cutoff=0.5)
         near = f" Did you mean '{close[0]}'?" if close else ""
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
+    if not first["loc"] and first["type"] == "value_error":
+        return f"{message}.{more}"
     return f"the key '{path}' is {found!r}, which is not allowed: {message}.{near}{more}"
 
 
@@ -94,7 +96,7 @@ def _fields(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str
             continue
         options = [field.annotation, *getattr(field.annotation, "__args__", ())]
         current = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), current)
-    return list(current.model_fields)
+    return [field.alias or name for name, field in current.model_fields.items()]
 
 
 __all__ = ["Spec", "load_object", "parse", "quoted", "read_yaml"]

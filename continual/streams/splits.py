@@ -188,8 +188,9 @@ class TimeSplit(Spec):
         numbers = {part: values.astype(np.float64) for part, values in times.items()}
         if isinstance(self.periods, int):
             ordered_times = np.sort(numbers["train"])
-            starts = [round(len(ordered_times) * place / self.periods) for place in range(1, self.periods)]
-            cuts = np.unique(ordered_times[starts]) if starts else np.empty(0)
+            starts = (len(ordered_times) * np.arange(1, self.periods) / self.periods).astype(np.int64)
+            cuts = np.unique(ordered_times[starts])
+            cuts = cuts[cuts > ordered_times[0]]
             if len(cuts) + 1 < self.periods:
                 raise StreamError(
                     f"the time column has too few different times for {self.periods} periods: take fewer."

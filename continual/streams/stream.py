@@ -40,7 +40,8 @@ class Stream(Sequence[Experience]):
         scenario: ``task``, ``domain`` or ``class``.
         objective: what the labels are for.
         class_names: name of every class met so far (of the whole stream where it is closed), by id.
-        total_classes: how many classes the whole stream has; None where it is open.
+        total_classes: how many classes the whole stream has; None where it is open or has no
+            classes.
         model: what to train where the user names no model: a name, settings, or None.
         open: whether experiences may be appended.
     """
@@ -159,7 +160,7 @@ class Stream(Sequence[Experience]):
 
     @property
     def total_classes(self) -> int | None:
-        return None if self.open else len(self.class_names)
+        return None if self.open or self.objective != "classification" else len(self.class_names)
 
     def __len__(self) -> int:
         return len(self._slots)

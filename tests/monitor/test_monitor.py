@@ -346,7 +346,7 @@ def test_one_pass_measures_everything_and_changes_nothing() -> None:
     assert torch.equal(torch.get_rng_state(), draws)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert np.isnan(monitor.matrix()[1, 0]) and monitor.matrix()[1, 1] == monitor.matrix()[0, 1]
-    assert monitor.probe_history()["probe"]["updates"] == [0]
+    assert monitor.probe_history()["probe"]["updates"] == [0, 1]
     latest = monitor.latest()
     assert isinstance(latest, Retention) and latest.lines[0].status == "not measured"
 

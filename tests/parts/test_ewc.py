@@ -10,10 +10,9 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from penalty_bench import FakeContext, Wrapped
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from continual.errors import CompositionError, TrainingError
+from continual.errors import CompositionError, SpecError, TrainingError
 from continual.models.lowrank import adapted_layers, effective_weight
 from continual.parts.part import overriding
 from continual.parts.penalty.ewc import EWC
@@ -321,7 +320,7 @@ def test_a_fisher_that_is_not_finite_names_its_parameter() -> None:
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValidationError, match=sentence):
+    with pytest.raises(SpecError, match=sentence):
         EWC(**settings)
 
 

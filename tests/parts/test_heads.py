@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional as F
 
-from continual.errors import CompositionError, StreamError
+from continual.errors import CompositionError, SpecError, StreamError
 from continual.models.build import build_model
 from continual.models.model import Model
 from continual.parts.context import TrainingContext
@@ -193,7 +192,7 @@ def test_cosine_logits_by_hand() -> None:
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(SpecError):
         LinearHead(**settings)
 
 

@@ -33,7 +33,12 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def sample(count: int = 12, start: int = 0, classes: int = 3) -> list[dict[str, Any]]:
     return [
-        {"text": f"text number {n}", "label": f"class {n % classes}", "domain": "ab"[n % 2], "when": f"2024-0{1 + n % 3}-10"}
+        {
+            "text": f"text number {n}",
+            "label": f"class {n % classes}",
+            "domain": "ab"[n % 2],
+            "when": f"2024-0{1 + n % 3}-10",
+        }
         for n in range(start, start + count)
     ]
 
@@ -72,7 +77,9 @@ def test_stratified_takes_the_rounded_share_of_each_class() -> None:
 
 def test_docstrings_masked_distinct_and_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CONTINUAL_CACHE", str(tmp_path))
-    source = DocstringsSource(packages=["networkx", "scikit-learn"], rows_per_class={"train": 12, "valid": 4, "test": 8})
+    source = DocstringsSource(
+        packages=["networkx", "scikit-learn"], rows_per_class={"train": 12, "valid": 4, "test": 8}
+    )
     rows = load(source)
     assert {part: len(table) for part, table in rows.tables.items()} == {"train": 24, "valid": 8, "test": 16}
     assert rows.label_names == ("networkx", "scikit-learn")
@@ -97,7 +104,9 @@ def test_docstrings_import_no_package(tmp_path: Path, monkeypatch: pytest.Monkey
     for name, kind in (("quiet_a", "first"), ("quiet_b", "other")):
         folder = tmp_path / name
         folder.mkdir()
-        body = "\n\n".join(f'def f{n}():\n    """Does the {kind} thing number {n} of {name} with care."""' for n in range(40))
+        body = "\n\n".join(
+            f'def f{n}():\n    """Does the {kind} thing number {n} of {name} with care."""' for n in range(40)
+        )
         (folder / "__init__.py").write_text(f"raise RuntimeError('imported')\n\n{body}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("CONTINUAL_CACHE", str(tmp_path / "cache"))
@@ -119,15 +128,17 @@ def test_docstrings_that_two_packages_share_are_left_out(tmp_path: Path, monkeyp
 
 
 def test_docstrings_errors() -> None:
-    with pytest.raises(StreamError, match="'no-such-package' is not installed"):
+    with pytest.raises(StreamError, match=r"'no-such-package' is not installed"):
         load(DocstringsSource(packages=["numpy", "no-such-package"]))
-    with pytest.raises(StreamError, match="names a package twice"):
+    with pytest.raises(StreamError, match=r"names a package twice"):
         load(DocstringsSource(packages=["networkx", "networkx"]))
 
 
 def test_clean_keeps_the_first_paragraphs_only() -> None:
     mask = _mask_pattern("scikit-learn")
-    text = "Fit :class:`~sklearn.svm.SVC` on ``X``.\n\nMore of it in\nscikit-learn.\n\nParameters\n----------\nX : array"
+    text = (
+        "Fit :class:`~sklearn.svm.SVC` on ``X``.\n\nMore of it in\nscikit-learn.\n\nParameters\n----------\nX : array"
+    )
     assert clean(text, mask, 200) == "Fit this package on X. More of it in this package."
     assert clean("One two three four", mask, 9) == "One two"
     assert clean("The nx graph, not nxt.", _mask_pattern("networkx"), 99) == "The this package graph, not nxt."
@@ -162,10 +173,10 @@ def test_mnist_from_files(tmp_path: Path, zipped: bool) -> None:
 def test_mnist_missing_cut_or_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CONTINUAL_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(StreamError, match="MNIST was not found .* --data"):
+    with pytest.raises(StreamError, match=r"MNIST was not found .* --data"):
         load(MnistSource())
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    with pytest.raises(StreamError, match="needs torchvision"):
+    with pytest.raises(StreamError, match=r"needs torchvision"):
         load(MnistSource(download=True))
     fake = types.ModuleType("torchvision.datasets")
     fake.MNIST = lambda root, download: fake_mnist(Path(root) / "MNIST" / "raw")  # type: ignore[attr-defined]
@@ -173,10 +184,10 @@ def test_mnist_missing_cut_or_downloaded(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(load(MnistSource(download=True), tmp_path / "new").tables["train"]) == 40
     labels = tmp_path / "new" / "MNIST" / "raw" / "train-labels-idx1-ubyte"
     labels.write_bytes(labels.read_bytes()[:-3])
-    with pytest.raises(StreamError, match="cut short"):
+    with pytest.raises(StreamError, match=r"cut short"):
         load(MnistSource(), tmp_path / "new")
     labels.write_bytes(b"nothing of the kind")
-    with pytest.raises(StreamError, match="not an IDX file"):
+    with pytest.raises(StreamError, match=r"not an IDX file"):
         load(MnistSource(), tmp_path / "new")
 
 
@@ -218,7 +229,9 @@ def test_files_named_and_on_disk_give_the_same_rows(tmp_path: Path) -> None:
     for part in ("train", "test"):
         one, two = memory.tables[part], disk.tables[part]  # type: ignore[index]
         assert list(one.strings("text")) == list(two.strings("text"))
-        assert torch.equal(one.column("labels"), two.column("labels")) and torch.equal(one.column("row"), two.column("row"))
+        assert torch.equal(one.column("labels"), two.column("labels")) and torch.equal(
+            one.column("row"), two.column("row")
+        )
         assert np.array_equal(row_keys(one), row_keys(two))
     assert torch.equal(memory.tables["train"][index]["labels"], disk.tables["train"][index]["labels"])
 
@@ -235,7 +248,7 @@ def test_shares_follow_content_and_never_split_a_text(tmp_path: Path, keep: Any)
     write_jsonl(path, sample(20, 900) + sample(300))
     moved = load(source)
     assert set(moved.tables["test"].strings("text")) >= texts["test"]
-    with pytest.raises(StreamError, match="has test rows and 'shares.test' as well"):
+    with pytest.raises(StreamError, match=r"has test rows and 'shares.test' as well"):
         load(FilesSource(train=str(path), test=str(path), shares={"test": 0.5}))
 
 
@@ -279,7 +292,9 @@ BROKEN: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("rows", "options", "sentence"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN])
+@pytest.mark.parametrize(
+    ("rows", "options", "sentence"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN]
+)
 def test_rows_that_cannot_be_used(
     tmp_path: Path, rows: list[dict[str, Any]], options: dict[str, Any], sentence: str
 ) -> None:
@@ -290,40 +305,44 @@ def test_rows_that_cannot_be_used(
 
 def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CONTINUAL_DATA", raising=False)
-    with pytest.raises(StreamError, match="has no 'path'"):
+    with pytest.raises(StreamError, match=r"has no 'path'"):
         load(FilesSource())
     with pytest.raises(StreamError, match=r"no training file was found .*--data"):
         load(FilesSource(), tmp_path)
     (tmp_path / "train.jsonl").write_text('{"text": "a"\n')
-    with pytest.raises(StreamError, match="could not be read"):
+    with pytest.raises(StreamError, match=r"could not be read"):
         load(FilesSource(), tmp_path)
     (tmp_path / "train.jsonl").write_text("")
-    with pytest.raises(StreamError, match="is empty"):
+    with pytest.raises(StreamError, match=r"is empty"):
         load(FilesSource(), tmp_path)
     (tmp_path / "rows.xlsx").write_text("x")
-    with pytest.raises(StreamError, match="allowed are '.jsonl'"):
+    with pytest.raises(StreamError, match=r"allowed are '.jsonl'"):
         load(FilesSource(path=str(tmp_path / "rows.xlsx")))
-    with pytest.raises(StreamError, match="the test file .* was not found"):
+    with pytest.raises(StreamError, match=r"the test file .* was not found"):
         load(FilesSource(train="rows.xlsx", test="none.csv"), tmp_path)
 
 
 def test_a_class_without_training_rows(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", sample(classes=2))
     write_jsonl(tmp_path / "test.jsonl", sample(start=50, classes=3))
-    with pytest.raises(StreamError, match="class 'class 2' is in test but has no training rows"):
+    with pytest.raises(StreamError, match=r"class 'class 2' is in test but has no training rows"):
         load(FilesSource(), tmp_path)
 
 
 def test_language_model_rows(tmp_path: Path) -> None:
-    chats = [{"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}]} for n in range(3)]
+    chats = [
+        {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}]} for n in range(3)
+    ]
     rows = load(FilesSource(path=str(write_jsonl(tmp_path / "c.jsonl", chats))), objective="causal-lm")
-    assert rows.tables["train"].strings("messages")[1][0]["content"] == "q1" and "labels" not in rows.tables["train"].names
+    assert (
+        rows.tables["train"].strings("messages")[1][0]["content"] == "q1" and "labels" not in rows.tables["train"].names
+    )
     pairs = [{"prompt": f"p{n}", "completion": "c"} for n in range(3)]
     path = str(write_jsonl(tmp_path / "p.jsonl", pairs))
     assert rows.tables["train"].names and load(FilesSource(path=path), objective="seq2seq").label_names == ()
-    with pytest.raises(StreamError, match="has no labels: leave 'label' out"):
+    with pytest.raises(StreamError, match=r"has no labels: leave 'label' out"):
         load(FilesSource(path=path, label="completion"), objective="causal-lm")
-    with pytest.raises(StreamError, match="does not suit the objective 'classification'"):
+    with pytest.raises(StreamError, match=r"does not suit the objective 'classification'"):
         load(FilesSource(path=path))
 
 
@@ -332,7 +351,7 @@ def test_regression_targets(tmp_path: Path) -> None:
     rows = load(FilesSource(path=path, features=["x"]), objective="regression")
     assert rows.tables["train"].column("labels").tolist() == [0, 0.5, 1, 1.5] and rows.label_names == ()
     path = str(write_jsonl(tmp_path / "s.jsonl", [{"x": n, "label": "word"} for n in range(4)]))
-    with pytest.raises(StreamError, match="labels are not numbers"):
+    with pytest.raises(StreamError, match=r"labels are not numbers"):
         load(FilesSource(path=path, features=["x"]), objective="regression")
 
 
@@ -351,7 +370,7 @@ def test_hub_from_a_saved_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     made["train"].save_to_disk(str(tmp_path / "single"))
     single = load(HubSource(name="single", shares={"test": 0.5}), tmp_path)
     assert len(single.tables["train"]) + len(single.tables["test"]) == 40
-    with pytest.raises(StreamError, match="no split 'dev'"):
+    with pytest.raises(StreamError, match=r"no split 'dev'"):
         load(HubSource(name="saved", splits={"test": "dev"}), tmp_path)
     asked: list[Any] = []
 
@@ -364,7 +383,7 @@ def test_hub_from_a_saved_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(datasets, "load_dataset", fake)
     load(HubSource(name="someone/rows", config="small", revision="abc"))
     assert asked == [("someone/rows", "small", "abc")]
-    with pytest.raises(StreamError, match="'gone' could not be loaded"):
+    with pytest.raises(StreamError, match=r"'gone' could not be loaded"):
         load(HubSource(name="gone"))
 
 
@@ -372,13 +391,13 @@ def test_arrays() -> None:
     inputs, labels = np.arange(12.0).reshape(6, 2), np.array(["b", "a"] * 3)
     rows = load(ArraysSource(train=(inputs, labels), test=(inputs + 50, labels), domain={"train": list("xxyyxx")}))
     assert rows.label_names == ("b", "a") and rows.domains["train"].tolist() == [0, 0, 1, 1, 0, 0]
-    with pytest.raises(StreamError, match="6 rows and 2 values for 'time'"):
+    with pytest.raises(StreamError, match=r"6 rows and 2 values for 'time'"):
         load(ArraysSource(train=(inputs, labels), time={"train": [1, 2]}))
-    with pytest.raises(StreamError, match="1 rows have features that are NaN"):
+    with pytest.raises(StreamError, match=r"1 rows have features that are NaN"):
         load(ArraysSource(train=(np.where(inputs == 3, np.nan, inputs), labels)))
-    with pytest.raises(StreamError, match="1 rows have features that are NaN or infinite"):
+    with pytest.raises(StreamError, match=r"1 rows have features that are NaN or infinite"):
         load(ArraysSource(train=(np.where(inputs == 3, np.inf, inputs), labels)))
-    with pytest.raises(StreamError, match="no training rows"):
+    with pytest.raises(StreamError, match=r"no training rows"):
         load(ArraysSource(train=(inputs[:0], labels[:0])))
-    with pytest.raises(StreamError, match="some parts have strings"):
+    with pytest.raises(StreamError, match=r"some parts have strings"):
         load(ArraysSource(train=(inputs, labels), test=(inputs, np.arange(6))))

@@ -167,7 +167,9 @@ def test_rotation_split() -> None:
     found = stream({"by": "rotation", "count": 4, "angles": "even"}, "domain")
     assert names(found) == ["1: 0.0°", "2: 45.0°", "3: 90.0°", "4: 135.0°"]
     third = found[2].train
-    assert torch.allclose(third.column("inputs").view(-1, 4, 4), torch.rot90(points()[0].view(-1, 4, 4), 1, (1, 2)), atol=1e-5)
+    assert torch.allclose(
+        third.column("inputs").view(-1, 4, 4), torch.rot90(points()[0].view(-1, 4, 4), 1, (1, 2)), atol=1e-5
+    )
     second = found[1].train
     whole, some = second.column("inputs"), second[torch.tensor([4, 9])]["inputs"]
     assert torch.equal(whole[[4, 9]], some)

@@ -47,7 +47,9 @@ def test_scenario_task_has_ids_of_its_own_in_each_experience() -> None:
     assert [e.classes for e in again] == [tuple(range(6 * n, 6 * n + 6)) for n in range(3)]
     assert again.total_classes == 18 and again.class_names[0] == "c0" and again.class_names[6] == "permutation 2/c0"
     labels = [e.train.column("labels") for e in again]
-    assert torch.equal(labels[2], labels[0] + 12) and torch.equal(again[2].train[torch.tensor([7])]["labels"], labels[2][7:8])
+    assert torch.equal(labels[2], labels[0] + 12) and torch.equal(
+        again[2].train[torch.tensor([7])]["labels"], labels[2][7:8]
+    )
     domains = {"train": ["x", "y"] * 30, "test": ["x", "y"] * 15, "valid": ["x", "y"] * 6}
     split = stream("task", {"by": "domain"}, domain=domains)
     assert [e.classes for e in split] == [(0, 1, 2), (3, 4, 5)]
@@ -62,7 +64,10 @@ def test_scenario_domain_has_fixed_ids() -> None:
     inputs, labels = points()
     places = {tuple(row): label for row, label in zip(inputs.tolist(), labels, strict=True)}
     batch = found[0].train[torch.arange(len(found[0].train))]
-    assert all((places[tuple(row.tolist())] == "c1") == bool(y) for row, y in zip(batch["inputs"], batch["labels"], strict=True))
+    assert all(
+        (places[tuple(row.tolist())] == "c1") == bool(y)
+        for row, y in zip(batch["inputs"], batch["labels"], strict=True)
+    )
     again = stream("domain", {"by": "permutation", "count": 3})
     assert [e.classes for e in again] == [tuple(range(6))] * 3 and again.class_names == tuple(f"c{n}" for n in range(6))
     with pytest.raises(StreamError, match="needs as many classes in each experience, and there are 2 to 4"):
@@ -175,7 +180,10 @@ def test_fingerprint_follows_content_and_settings_only() -> None:
     changed = inputs.clone()
     changed[3, 2] += 1e-6
     same = {"split": {"by": "class", "size": 2}, "scenario": "class"}
-    assert Stream.from_tables((inputs, labels), **same).fingerprint() != Stream.from_tables((changed, labels), **same).fingerprint()
+    assert (
+        Stream.from_tables((inputs, labels), **same).fingerprint()
+        != Stream.from_tables((changed, labels), **same).fingerprint()
+    )
     permuted = [stream("domain", {"by": "permutation", "count": 2}, seed=seed).fingerprint() for seed in (0, 0, 1)]
     assert permuted[0] == permuted[1] != permuted[2]
     found = Stream.from_experiences([], open=True)
@@ -227,6 +235,8 @@ def test_library_streams_of_real_data(data_folder: Path, name: str, monkeypatch:
 
 
 def test_tables_of_ones_own_keep_their_row_ids() -> None:
-    table = TensorTable({"inputs": torch.rand(4, 2), "labels": torch.tensor([0, 1, 0, 1]), "row": torch.tensor([9, 8, 7, 6])})
+    table = TensorTable(
+        {"inputs": torch.rand(4, 2), "labels": torch.tensor([0, 1, 0, 1]), "row": torch.tensor([9, 8, 7, 6])}
+    )
     found = Stream.from_tables(table, split={"by": "joint"}, scenario="class")
     assert found[0].train.column("row").tolist() == [9, 8, 7, 6]

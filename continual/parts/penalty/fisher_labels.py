@@ -104,9 +104,10 @@ def _choose(logits: Tensor, labels: Labels, generator: torch.Generator | None, t
     if labels == "predicted":
         return torch.where(true != IGNORED, logits.argmax(-1), true)
     uniform = torch.rand(true.shape, generator=generator).to(logits.device, torch.float64)
+    logits_NK, uniform_N = logits.flatten(0, -2), uniform.flatten()
     step = max(1, LIMIT // logits.shape[-1])
-    places = zip(torch.split(logits.flatten(0, -2), step), torch.split(uniform.flatten(), step), strict=True)
-    drawn = torch.cat([_invert(logits_NK, uniform_N) for logits_NK, uniform_N in places])
+    parts = [_invert(logits_NK[n : n + step], uniform_N[n : n + step]) for n in range(0, len(uniform_N), step)]
+    drawn = parts[0] if len(parts) == 1 else torch.cat(parts)
     kept: Tensor = torch.where(true != IGNORED, drawn.view(true.shape), true)
     return kept
 
