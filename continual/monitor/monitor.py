@@ -110,7 +110,8 @@ class Monitor:
         Registered again, as after loading, it must hold the rows that were scored; rows that were erased stay out.
 
         Args:
-            ahead: the experience is not learnt yet: its scores wait until it is registered without.
+            ahead: the experience is not learnt yet: its scores wait until it is registered without. What was once
+                registered as learnt stays so.
 
         Raises:
             StreamError: a row that was scored is not in it.
@@ -133,7 +134,7 @@ class Monitor:
                     "before: give the same test set, or a new experience a new index."
                 )
             table = table.select(order_N[place_n])
-        known.name, known.table, known.ahead = name, table, ahead
+        known.name, known.table, known.ahead = name, table, known.ahead and ahead
         self._resampled = None
 
     def tables(self) -> dict[int, Table]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,11 +105,11 @@ def _stream(place: int, stream: StreamSummary) -> dict[str, Any]:
         or any(one.metrics[column.metric] for one in stream.strategies)
     ]
     ranked = [one for one in stream.strategies if one.metrics["accuracy"]]
-    drawn = {
-        "ranking": figures.ranking_figure(stream) if ranked else None,
-        "progress": figures.progress_figure(stream) if ranked else None,
-        "cost": figures.cost_figure(stream) if ranked else None,
-    }
+    drawn: dict[str, str] = {}
+    if ranked:
+        drawn["ranking"] = figures.ranking_figure(stream)
+        drawn["progress"] = figures.progress_figure(stream)
+        drawn["cost"] = figures.cost_figure(stream)
     low, high = figures.limits(stream)
     return {
         "name": stream.stream,
@@ -132,7 +132,6 @@ def _stream(place: int, stream: StreamSummary) -> dict[str, Any]:
         "figures": {
             name: Markup(inline(svg, f"s{place}-{name}", f"{name} of the strategies on {stream.stream}"))
             for name, svg in drawn.items()
-            if svg is not None
         },
         "matrices": [
             Markup(inline(figures.matrix_figure(stream, one), f"s{place}-m{at}", f"accuracy matrix of {one.strategy}"))
@@ -150,6 +149,12 @@ def _stream(place: int, stream: StreamSummary) -> dict[str, Any]:
             if one.curve
         ],
     }
+
+
+def _short(part: str, parts: Mapping[str, float]) -> str:
+    """``slot/kind`` as its kind, where no other part has the same."""
+    kind = part.rpartition("/")[2]
+    return part if sum(other.rpartition("/")[2] == kind for other in parts) > 1 else kind
 
 
 def _change(first: float | None, last: float | None) -> float | None:
@@ -177,7 +182,7 @@ def _row(one: StrategySummary, columns: Sequence[Column], scale: Scale, best: bo
         "seeds": one.seeds,
         "cells": cells,
         "cost": one.cost,
-        "parts": [(part, value) for part, value in one.state_bytes.items()],
+        "parts": [(_short(part, one.state_bytes), part, value) for part, value in one.state_bytes.items()],
         "bytes": one.total_bytes,
         "notes": one.notes,
     }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from continual.errors import StreamError, quoted
 from continual.streams.content import Keys, finite_rows, row_keys
@@ -130,24 +130,28 @@ def _ids(tables: list[Table]) -> npt.NDArray[np.int64]:
 
 def _keys(tables: list[Table]) -> Keys:
     """The keys of all rows, those of each base table once however often its rows are seen."""
-    used: dict[int, tuple[Table, torch.Tensor]] = {}
+    used: dict[int, tuple[Table, Tensor]] = {}
     for table in tables:
-        for base, index in _bases(table):
+        for base, index in _bases(table, torch.arange(len(table))):
             _, mask = used.setdefault(id(base), (base, torch.zeros(len(base), dtype=torch.bool)))
             mask[index] = True
     return np.concatenate([row_keys(base)[mask.numpy()] for base, mask in used.values()])
 
 
-def _bases(table: Table) -> list[tuple[Table, Any]]:
+def _bases(table: Table, index: Tensor) -> list[tuple[Table, Tensor]]:
+    """Where the rows at ``index`` lie: tables that are neither views nor mapped, and the places in them."""
     if isinstance(table, Mapped):
-        return _bases(table.base)
-    if isinstance(table, Concat):
-        return [pair for part in table.tables for pair in _bases(part)]
+        return _bases(table.base, index)
     if isinstance(table, View):
-        if isinstance(table.base, Mapped | Concat):
-            return _bases(table.base)
-        return [(table.base, table.index_N)]
-    return [(table, slice(None))]
+        return _bases(table.base, table.index_N[index])
+    if isinstance(table, Concat):
+        found, start = [], 0
+        for part in table.tables:
+            inside = (index >= start) & (index < start + len(part))
+            found += _bases(part, index[inside] - start)
+            start += len(part)
+        return found
+    return [(table, index)]
 
 
 def _example(tables: list[Table], key: np.int64) -> str:

@@ -49,10 +49,26 @@ def labels_of(table: Table) -> Tensor | Sequence[Any] | None:
     """The labels of a table, as numbers or strings."""
     if "labels" not in table.names:
         return None
+    if isinstance(table, ArrowTable):
+        names = getattr(table.dataset.features["labels"], "names", None)
+        if names is not None:
+            return named(list(table.dataset["labels"]), names, "the labels")
     try:
         return table.column("labels")
     except StreamError:
         return table.strings("labels")
+
+
+def named(values: Sequence[Any], names: Sequence[str], where: str) -> list[str]:
+    """The names of class indices, as ``datasets.ClassLabel`` has them.
+
+    Raises:
+        StreamError: a row has no label (None or -1).
+    """
+    for place, value in enumerate(values):
+        if value is None or value < 0:
+            raise StreamError(f"{where}: row {place} has no label ({value}): leave out rows without one.")
+    return [names[value] for value in values]
 
 
 class Lookup:

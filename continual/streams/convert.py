@@ -14,7 +14,7 @@ from torch.utils.data.dataloader import default_collate
 
 from continual.errors import StreamError, quoted
 from continual.objective import Objective
-from continual.streams.columns import labels_of, replace_columns
+from continual.streams.columns import labels_of, named, replace_columns
 from continual.streams.experience import Experience, Scenario
 from continual.streams.labels import unused
 from continual.streams.sources.rows import PARTS, Part, Values, class_indices, float_targets
@@ -203,7 +203,7 @@ def _column(name: str, values: Any, what: str) -> Tensor | Ragged | list[Any]:
         )
         if name == "labels" and array.dtype == object:
             return list(plain)
-        return _narrow(torch.as_tensor(array))
+        return _narrow(torch.as_tensor(array if array.flags.writeable else array.copy()))
     except (TypeError, ValueError, RuntimeError) as error:
         raise StreamError(f"{what}: the rows of '{name}' cannot be stacked ({error}): make them alike.") from error
 
@@ -220,7 +220,7 @@ def _from_arrow(data: Any, what: str) -> Table:
         return ArrowTable(data, {"input_ids": 0} if "input_ids" in data.column_names else None)
     columns = {name: list(data[name]) for name in data.column_names}
     if names is not None:
-        columns["labels"] = [names[value] for value in columns["labels"]]
+        columns["labels"] = named(columns["labels"], names, what)
     return _from_columns(columns, what)
 
 

@@ -84,8 +84,9 @@ def read_stream_spec(stream: str | Path | Mapping[str, Any] | StreamSpec) -> tup
         return _parse(_resolved(dict(stream), "this stream", ()), "this stream"), None
     path = find_spec("streams", stream)
     where = f"'{path}'"
-    content = _resolved(read_yaml(path), where, (path.resolve(),))
-    return _parse({**content, "name": content.get("name") or path.stem}, where), path.parent
+    own = read_yaml(path)
+    content = _resolved(own, where, (path.resolve(),))
+    return _parse({**content, "name": own.get("name") or path.stem}, where), path.parent
 
 
 def _resolved(content: dict[str, Any], where: str, seen: tuple[Path, ...]) -> dict[str, Any]:

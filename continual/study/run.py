@@ -27,8 +27,6 @@ from tqdm import tqdm
 from continual import provenance
 from continual.errors import StateError
 from continual.report.load import CELL, ERROR, RESULT, Failure, load_result
-from continual.report.markdown import csv_table, markdown_report
-from continual.report.page import write_page
 from continual.state import write_text
 from continual.study.spec import Cell, Study
 from continual.study.worker import TRACEBACK, Worker, message_of
@@ -184,6 +182,8 @@ def _work_off(
 
 
 def _write_reports(study: Study, out: Path, outcomes: Sequence[CellOutcome], started: str, device: str) -> None:
+    from continual.report import csv_table, markdown_report, write_page
+
     content = {
         "format": 1,
         "study": study.name,

@@ -101,12 +101,13 @@ def _work(job: dict[str, Any]) -> str:
             load_result(folder)
             return ""
         except ContinualError as error:
-            message = _line(error)
+            message, trace = _line(error), traceback.format_exc()
         except Exception as error:
+            trace = traceback.format_exc()
             message = (
                 f"it stopped with an error of its own ({type(error).__name__}: {_line(error)}): see traceback.txt."
             )
-        write_text(folder / TRACEBACK, traceback.format_exc())
+        write_text(folder / TRACEBACK, trace)
         write_text(folder / ERROR, message + "\n")
         return message
 

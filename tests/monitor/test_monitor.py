@@ -199,6 +199,7 @@ def test_forward_transfer_waits_for_its_experience() -> None:
     assert len(monitor.latest().lines) == 1
     monitor.register(1, "q2", table(100, 100))
     monitor.record(1, {0: scores(100, 10), 1: scores(100, 10)})
+    monitor.register(0, "q1", table(0, 100), ahead=True)
     assert monitor.initial() == pytest.approx([0.1, 0.2])
     assert monitor.metrics()["fwt"] == pytest.approx(0.4 - 0.2)
     assert "fwt" in monitor.intervals()

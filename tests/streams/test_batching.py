@@ -31,8 +31,8 @@ def test_drop_last() -> None:
     for lengths in (None, torch.arange(20)):
         batches = training_batches(lengths, 20, 8, drawn(0), drop_last=True)
         assert [len(batch) for batch in batches] == [8, 8]
-    left_out = {frozenset(set(range(20)) - set(torch.cat(training_batches(None, 20, 8, drawn(s), drop_last=True)).tolist()))
-                for s in range(5)}  # fmt: skip
+    kept = [torch.cat(training_batches(None, 20, 8, drawn(seed), drop_last=True)) for seed in range(5)]
+    left_out = {frozenset(set(range(20)) - set(rows.tolist())) for rows in kept}
     assert len(left_out) > 1
 
 

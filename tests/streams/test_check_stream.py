@@ -47,23 +47,39 @@ def test_no_experiences() -> None:
     assert findings(open=True) == []
 
 
+NAN, INFINITE = torch.full((8, 2), torch.nan), torch.full((8, 2), torch.inf)
+NEXT, LATER, LAST = table(1000, (2, 3)), table(1200, (2, 3)), table(1400, (2, 3))
+UNLABELLED = TensorTable({"inputs": torch.rand(2, 2), "row": torch.arange(2) + 5000})
+WITHOUT_IDS = TensorTable({"inputs": torch.rand(2, 2), "labels": torch.tensor([2, 3])})
 FAULTS: list[tuple[str, dict[str, Any], str]] = [
     ("empty", {"train": table(0, (2, 3), 0)}, "'step 1' has no training rows"),
     ("no test", {"test": None}, "'step 1' has no test rows"),
     ("empty test", {"test": table(0, (2, 3), 0)}, "'step 1' has no test rows"),
     ("name twice", {"name": "step 0"}, "2 experiences are called 'step 0'"),
-    ("NaN", {"train": with_columns(table(1000, (2, 3)), inputs=torch.full((8, 2), torch.nan))}, "train has 8 rows with NaN"),
-    ("infinite", {"test": with_columns(table(1400, (2, 3)), inputs=torch.full((8, 2), torch.inf))}, "test has 8 rows with NaN"),
+    ("NaN", {"train": with_columns(NEXT, inputs=NAN)}, "train has 8 rows with NaN"),
+    ("infinite", {"test": with_columns(LAST, inputs=INFINITE)}, "test has 8 rows with NaN"),
     ("label too large", {"train": table(1000, (2, 9))}, "train has labels '9', none of its class ids (2 to 3)"),
     ("label of another", {"train": table(1000, (0, 3))}, "train has labels '0', none of its class ids (2 to 3)"),
     ("test label", {"test": table(1400, (2, 7))}, "test has labels '7', none of its class ids (0 to 3)"),
-    ("float labels", {"train": with_columns(table(1000, (2, 3)), labels=torch.rand(8))}, "labels of type torch.float32"),
-    ("no labels", {"train": TensorTable({"inputs": torch.rand(2, 2), "row": torch.arange(2) + 5000})}, "no column 'labels'"),
-    ("no row ids", {"valid": TensorTable({"inputs": torch.rand(2, 2), "labels": torch.tensor([2, 3])})}, "no column 'row'"),
-    ("test row by id", {"test": with_columns(table(1400, (2, 3)), row=torch.arange(207, 215))}, "1 test rows are training or"),
-    ("test row by content", {"train": with_columns(table(403, (2, 3)), row=torch.arange(1000, 1008))}, "5 test rows have the same"),
-    ("valid row by content", {"valid": with_columns(table(400, (2, 3)), row=torch.arange(1200, 1208))}, "8 test rows have the same"),
-]  # fmt: skip
+    ("float labels", {"train": with_columns(NEXT, labels=torch.rand(8))}, "labels of type torch.float32"),
+    ("no labels", {"train": UNLABELLED}, "no column 'labels'"),
+    ("no row ids", {"valid": WITHOUT_IDS}, "no column 'row'"),
+    (
+        "test by id",
+        {"test": with_columns(LAST, row=torch.arange(207, 215))},
+        "1 test rows are training or valid rows too",
+    ),
+    (
+        "test by content",
+        {"train": with_columns(table(403, (2, 3)), row=NEXT.column("row"))},
+        "5 test rows have the same",
+    ),
+    (
+        "valid by content",
+        {"valid": with_columns(table(400, (2, 3)), row=LATER.column("row"))},
+        "8 test rows have the same",
+    ),
+]
 
 
 @pytest.mark.parametrize(("changes", "sentence"), [fault[1:] for fault in FAULTS], ids=[fault[0] for fault in FAULTS])

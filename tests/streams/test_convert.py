@@ -72,6 +72,8 @@ def test_texts_and_named_labels() -> None:
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
     named = as_table(datasets.Dataset.from_dict({"text": texts, "label": [1, 0]}, features))
     assert named.strings("labels") == ["yes", "no"]
+    with pytest.raises(StreamError, match=r"row 1 has no label \(-1\)"):
+        as_table(datasets.Dataset.from_dict({"text": texts, "label": [1, -1]}, features))
 
 
 def test_tokens_of_different_lengths_are_ragged() -> None:

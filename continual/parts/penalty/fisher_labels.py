@@ -106,7 +106,7 @@ def _choose(logits: Tensor, labels: Labels, generator: torch.Generator | None, t
     uniform = torch.rand(true.shape, generator=generator).to(logits.device, torch.float64)
     logits_NK, uniform_N = logits.flatten(0, -2), uniform.flatten()
     step = max(1, LIMIT // logits.shape[-1])
-    parts = [_invert(logits_NK[n : n + step], uniform_N[n : n + step]) for n in range(0, len(uniform_N), step)]
+    parts = [_invert(logits_NK[n : n + step], uniform_N[n : n + step]) for n in range(0, max(len(uniform_N), 1), step)]
     drawn = parts[0] if len(parts) == 1 else torch.cat(parts)
     kept: Tensor = torch.where(true != IGNORED, drawn.view(true.shape), true)
     return kept

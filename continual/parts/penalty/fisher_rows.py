@@ -70,7 +70,7 @@ class RowGradients:
             per_row = part.active is not None and part.active.dim() == 2
             dims = (None, 0, 0 if per_row else None, None if part.root is None else 0)
             try:
-                with warnings.catch_warnings():
+                with torch.no_grad(), warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
                     gradients = vmap(grad(self._loss), in_dims=dims)(values, part.batch, part.active, part.root)
             except torch.OutOfMemoryError:

@@ -14,6 +14,7 @@ import torch
 from continual.errors import StreamError, quoted
 from continual.objective import Objective
 from continual.spec import Spec
+from continual.streams.columns import named
 from continual.streams.sources.rows import Raw, Values
 from continual.table import ArrowTable, Table, TensorTable
 
@@ -114,9 +115,7 @@ class TabularSource(Spec):
             )
         values = list(dataset[name])
         names = getattr(dataset.features[name], "names", None)
-        if names is not None and all(isinstance(value, int) and value >= 0 for value in values):
-            return [names[value] for value in values]
-        return values
+        return values if names is None else named(values, names, where)
 
     def _inputs(self, dataset: datasets.Dataset, on_disk: bool, where: str) -> Table:
         names = list(self.features or ())

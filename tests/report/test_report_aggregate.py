@@ -1,0 +1,167 @@
+"""Means and intervals against figures worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from continual.errors import StateError
+from continual.report import load_results
+from continual.report.aggregate import aggregate, difference, estimate
+from continual.report.findings import findings, headline
+from continual.report.numbers import Scale, count, integers, seconds, size
+from continual.report.svg import spread
+
+T2 = 4.302652729911275
+"""97.5 % point of Student's t with 2 degrees of freedom, from a table."""
+
+
+def test_mean_standard_deviation_and_interval_over_seeds() -> None:
+    found = estimate([0.70, 0.80, 0.75])
+    assert found is not None and found.over == "seeds" and found.count == 3
+    assert found.mean == pytest.approx(0.75) and found.std == pytest.approx(0.05)
+    assert found.low == pytest.approx(0.75 - T2 * 0.05 / math.sqrt(3))
+    assert found.high == pytest.approx(0.75 + T2 * 0.05 / math.sqrt(3))
+
+
+def test_one_seed_shows_the_interval_over_rows(make: Any, tmp_path: Path) -> None:
+    make("ewc", 0)
+    found = aggregate(load_results([tmp_path]))[0].strategies[0].metrics["accuracy"]
+    assert found is not None and (found.over, found.count, found.std) == ("rows", 1, None)
+    assert (found.low, found.high) == (pytest.approx(0.70), pytest.approx(0.79))
+
+
+def test_no_interval_is_invented() -> None:
+    assert estimate([]) is None
+    found = estimate([0.5], [None, None])
+    assert found is not None and found.over is None and found.low is None
+
+
+def test_strategies_stand_by_accuracy_and_matrices_are_means(make: Any, tmp_path: Path) -> None:
+    make("low", 0, [[0.9, None], [0.1, 0.9]])
+    make("high", 0, [[0.9, None], [0.7, 0.8]])
+    make("high", 1, [[0.7, None], [0.5, 1.0]])
+    make("joint", 0, [[0.95, 0.85]])
+    (stream,) = aggregate(load_results([tmp_path]))
+    assert [one.strategy for one in stream.strategies] == ["joint", "high", "low"]
+    high = stream.strategies[1]
+    assert high.matrix[0][1] is None
+    assert high.matrix[1] == (pytest.approx(0.6), pytest.approx(0.9))
+    assert [point.mean if point else None for point in high.curve] == [pytest.approx(0.8), pytest.approx(0.75)]
+    assert high.cost["train_seconds"] == 10.5 and high.state_bytes["head/linear"] == 345
+    assert stream.strategies[0].bound and stream.strategies[0].curve == ()
+    assert "not run with the same seeds" in stream.warnings[0]
+
+
+def test_a_cell_that_one_seed_lacks_is_the_mean_of_the_others(make: Any, tmp_path: Path) -> None:
+    make("a", 0, [[0.9, None], [0.5, 0.8]])
+    make("a", 1, [[0.9, 0.3], [0.7, 0.8]])
+    (stream,) = aggregate(load_results([tmp_path]))
+    assert stream.strategies[0].matrix[0][1] == pytest.approx(0.3)
+
+
+def test_experiences_named_differently_by_seed_are_numbered(make: Any, tmp_path: Path) -> None:
+    make("a", 0), make("a", 1, experiences=["x", "y"])
+    assert aggregate(load_results([tmp_path]))[0].experiences == ("1", "2")
+
+
+def test_runs_on_other_data_are_told(make: Any, tmp_path: Path) -> None:
+    make("a", 0), make("b", 0, provenance=_provenance("f" * 64))
+    assert "different data" in aggregate(load_results([tmp_path]))[0].warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"score": "exact match"}, "differ in their score ('accuracy', 'exact match')"),
+        ({"matrix": [[0.9, None, None], [0.9, 0.9, None], [0.9, 0.9, 0.9]]}, "different numbers of experiences"),
+        ({"matrix": [[0.9, 0.8]]}, "different numbers of updates"),
+    ],
+)
+def test_runs_that_cannot_stand_in_one_table(make: Any, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    make("a", 0), make("a", 1, **changes)
+    with pytest.raises(StateError) as caught:
+        aggregate(load_results([tmp_path]))
+    assert said in str(caught.value)
+
+
+def test_differences_are_paired_by_seed(make: Any, tmp_path: Path) -> None:
+    for seed, level in ((0, 0.5), (1, 0.7), (2, 0.9)):
+        make("a", seed, [[level, None], [level, level]])
+        make("b", seed, [[level, None], [level - 0.1, level - 0.1]])
+    one, other = aggregate(load_results([tmp_path]))[0].strategies
+    lead = difference(one, other)
+    assert lead is not None and lead.mean == pytest.approx(0.1) and lead.low == pytest.approx(0.1)
+
+
+def test_the_headline_names_best_bound_and_floor(make: Any, tmp_path: Path) -> None:
+    for seed in range(3):
+        make("naive", seed, [[0.9, None], [0.1, 0.9 + 0.01 * seed]])
+        make("rehearsal", seed, [[0.9, None], [0.8, 0.8 + 0.01 * seed]])
+        make("joint", seed, [[0.95, 0.85 + 0.01 * seed]])
+    (stream,) = aggregate(load_results([tmp_path]))
+    reach = T2 * 0.5 / math.sqrt(3)
+    assert headline(stream) == (
+        f"Best is rehearsal: 80.5 % accuracy on digits after 2 updates (95 % interval {80.5 - reach:.1f} to "
+        f"{80.5 + reach:.1f} over 3 seeds), 10.0 points below joint training on all rows at once."
+    )
+    assert findings(stream) == [
+        "With nothing against forgetting, naive ends at 50.5 % and forgets 80.0 points of what it had learnt.",
+        "The lead of rehearsal over naive is 30.0 points (95 % interval +30.0 to +30.0 over 3 shared seeds).",
+    ]
+
+
+def test_a_lead_that_is_not_certain_says_so(make: Any, tmp_path: Path) -> None:
+    for seed, lift in ((0, 0.2), (1, -0.1), (2, 0.0)):
+        make("a", seed, [[0.9, None], [0.7 + lift, 0.7 + lift]])
+        make("b", seed, [[0.9, None], [0.7, 0.7]])
+    (stream,) = aggregate(load_results([tmp_path]))
+    assert "includes zero, so the order of the two is not certain" in findings(stream)[-1]
+
+
+def test_one_seed_ranks_nothing(make: Any, tmp_path: Path) -> None:
+    make("a", 0), make("b", 0, [[0.9, None], [0.6, 0.6]])
+    sentences = findings(aggregate(load_results([tmp_path]))[0])
+    assert sentences[0].startswith("Last is b: it ends at 60.0 % and forgets 30.0 points.")
+    assert "run more seeds before ranking the two" in sentences[1]
+
+
+def test_numbers() -> None:
+    share, plain = Scale(True), Scale(False)
+    assert share.text(0.91349) == "91.3" and share.text(-0.4) == "−40.0" and share.text(-0.00001) == "0.0"
+    assert plain.text(-1.23456) == "−1.235" and plain.text(0.5, "retention") == "50.0" and share.text(None) == "–"
+    assert (seconds(0.421), seconds(4.21), seconds(12345.6)) == ("0.42", "4.2", "12 346")
+    assert (size(0), size(999), size(54_400), size(999_600), size(1_234_000_000)) == (
+        "0 B",
+        "999 B",
+        "54.4 kB",
+        "1.0 MB",
+        "1.2 GB",
+    )
+    assert count(22_713_216) == "22.7 M" and integers((0, 1, 2, 3)) == "0–3" and integers((0, 2)) == "0, 2"
+
+
+def test_labels_are_spread_and_keep_their_order() -> None:
+    placed = spread([10.0, 10.0, 10.5, 50.0], 5.0, 0.0, 100.0)
+    assert placed[3] == 50.0
+    assert [b - a for a, b in pairwise(placed[:3])] == [pytest.approx(5.0)] * 2
+    assert sum(placed[:3]) == pytest.approx(30.5)
+    edge = spread([99.0, 100.0, 100.0], 4.0, 0.0, 100.0)
+    assert edge == [pytest.approx(92.0), pytest.approx(96.0), pytest.approx(100.0)]
+
+
+def _provenance(fingerprint: str) -> dict[str, Any]:
+    return {
+        "commit": None,
+        "versions": {},
+        "hardware": "a machine",
+        "seed": 0,
+        "started": "2026-11-20T10:00:00+00:00",
+        "stream_fingerprint": fingerprint,
+        "strategy_fingerprint": None,
+        "base_model_sha256": None,
+    }

@@ -1,0 +1,219 @@
+"""Studies: what a file asks for, and that cells are run once, resumed, reported and kept apart."""
+
+from __future__ import annotations
+
+import json
+import re
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from continual.errors import SpecError, StateError
+from continual.spec import parse
+from continual.study import Study, StudySpec, run_study
+from continual.study.worker import message_of
+
+RUNNER = "study_runner:run"
+STREAM = {"source": {"kind": "digits"}, "split": {"by": "class", "size": 2}, "scenario": "class"}
+NAMES = ("good", "refused", "broken", "killed", "interrupts")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with streams and strategies beside the study."""
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(STREAM))
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({**STREAM, "name": "second"}))
+    for name in NAMES:
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"training": {"lr": 0.1}}))
+    return tmp_path
+
+
+def _study(place: Path, **content: Any) -> Study:
+    (place / "study.yaml").write_text(yaml.safe_dump(content))
+    return Study.load(place / "study.yaml")
+
+
+def _calls(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "calls.jsonl").read_text().splitlines()]
+
+
+def test_cells_are_the_product_in_order(place: Path) -> None:
+    study = _study(place, streams=["one.yaml", "two.yaml"], strategies=["good.yaml"], seeds=[3, 1])
+    labels = [cell.label for cell in study.cells()]
+    assert labels == ["one/good/seed-3", "one/good/seed-1", "second/good/seed-3", "second/good/seed-1"]
+    assert study.name == place.name
+
+
+def test_groups_inherit_and_narrow(place: Path) -> None:
+    study = _study(
+        place,
+        seeds=[0, 1],
+        model="mlp",
+        training={"lr": 0.2, "epochs": 2},
+        set={"training.batch_size": 8},
+        groups=[
+            {"streams": ["one.yaml"], "strategies": ["good.yaml"], "training": {"lr": 0.3}},
+            {
+                "streams": [{"use": "one.yaml", "name": "renamed", "scenario": "task"}],
+                "strategies": [{"use": "good.yaml", "name": "mine", "set": {"training.batch_size": 4}}],
+                "seeds": [7],
+                "model": "some/model",
+            },
+        ],
+    )
+    first, _, last = study.cells()
+    assert first.overrides == {"training.lr": 0.3, "training.epochs": 2, "training.batch_size": 8}
+    assert (first.model, first.stream_source) == ("mlp", str(place / "one.yaml"))
+    assert last.label == "renamed/mine/seed-7" and last.model == "some/model"
+    assert last.overrides == {"training.lr": 0.2, "training.epochs": 2, "training.batch_size": 4}
+    assert last.stream_source == {"use": str(place / "one.yaml"), "scenario": "task", "name": "renamed"}
+
+
+def test_names_of_the_library_are_found(tmp_path: Path) -> None:
+    study = _study(tmp_path, streams=["split-digits"], strategies=["naive"])
+    assert [cell.label for cell in study.cells()] == ["split-digits/naive/seed-0"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"streams": ["split-digit"], "strategies": ["naive"]}, "Did you mean 'split-digits'?"),
+        ({"streams": ["one.yaml"], "strategies": ["naiv"]}, "Did you mean 'naive'?"),
+        ({"streams": ["one.yaml"], "strategies": ["gone.yaml"]}, "there is no file 'gone.yaml'"),
+        ({"streams": ["one.yaml"], "strategies": ["good.yaml"], "seed": [0]}, "Did you mean 'seeds'?"),
+        ({"streams": ["one.yaml"], "strategies": [{"use": "good.yaml", "sets": {}}]}, "Did you mean 'set'?"),
+        (
+            {"streams": [{"use": "one.yaml", "scenari": "task"}], "strategies": ["good.yaml"]},
+            "Did you mean 'scenario'?",
+        ),
+        ({"streams": [{"name": "x"}], "strategies": ["good.yaml"]}, "the key 'streams.0.use' is missing"),
+        ({"streams": ["one.yaml"], "strategies": ["good.yaml"], "training": {"lrr": 1}}, "Did you mean 'lr'?"),
+        ({"streams": ["one.yaml"], "strategies": ["good.yaml"], "set": {"replai.x": 1}}, "Did you mean 'replay'?"),
+        ({"streams": ["one.yaml"], "strategies": ["good.yaml"], "seeds": [-1]}, "seeds.0"),
+        ({"streams": ["one.yaml"], "strategies": ["good.yaml"], "seeds": []}, "seeds"),
+        ({"streams": ["one.yaml"], "strategies": ["good.yaml"], "seeds": [1, 1]}, "two cells called 'one/good/seed-1'"),
+        ({"streams": ["one.yaml"], "strategies": ["good.yaml"], "data": {"on": "x"}}, "Did you mean 'one'?"),
+        ({"streams": ["one.yaml"], "strategies": [{"use": "good.yaml", "name": "../up"}]}, "cannot be a folder"),
+        ({"streams": ["one.yaml"]}, "streams and strategies come together"),
+        ({"summary": "nothing"}, "it names nothing to run"),
+    ],
+)
+def test_what_a_study_cannot_say(place: Path, content: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError, match=re.escape(said)) as caught:
+        _study(place, **content)
+    assert "study" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_schema_takes_names_and_mappings() -> None:
+    choice = StudySpec.model_json_schema()["$defs"]["StrategyChoice"]["anyOf"]
+    assert choice[0] == {"type": "string"} and set(choice[1]["properties"]) == {"use", "name", "set"}
+
+
+def test_where_the_data_of_a_stream_lie(place: Path) -> None:
+    study = _study(place, streams=["one.yaml", "two.yaml"], strategies=["good.yaml"], data={"one": "rows"})
+    one, two = study.cells()
+    assert (study.data_folder(one, None), study.data_folder(two, None)) == (place / "rows", None)
+    assert study.data_folder(two, place) == place
+    (place / "all" / "one").mkdir(parents=True)
+    assert study.data_folder(one, place / "all") == place / "all" / "one"
+
+
+def test_failures_stop_no_other_cell_and_a_second_call_goes_on(place: Path) -> None:
+    names = ["refused", "good", "killed", "broken"]
+    study = _study(place, summary="Some fail.", streams=["one.yaml"], strategies=[f"{name}.yaml" for name in names])
+    out = place / "out"
+    outcomes = {one.cell.strategy: one for one in run_study(study, out, 2, runner=RUNNER)}
+    assert list(outcomes) == names
+    assert {name: one.status for name, one in outcomes.items()} == {"good": "done"} | dict.fromkeys(
+        (name for name in names if name != "good"), "failed"
+    )
+    folder = out / "one"
+    assert outcomes["refused"].message == "the loss is not finite at step 41: lower training.lr."
+    assert (folder / "refused/seed-0/error.txt").read_text() == outcomes["refused"].message + "\n"
+    assert "TrainingError" in (folder / "refused/seed-0/traceback.txt").read_text()
+    assert "KeyError: 'no such thing'" in outcomes["broken"].message
+    assert "killed by the system" in outcomes["killed"].message
+    assert (folder / "good/seed-0/log.txt").read_text() == "printed by the run\n"
+
+    content = json.loads((out / "study.json").read_text())
+    assert [cell["status"] for cell in content["cells"]] == ["failed", "done", "failed", "failed"]
+    assert {"commit", "versions", "hardware"} <= set(content)
+    page = (out / "report.html").read_text()
+    assert "the loss is not finite at step 41" in page and "75.0" in page and "Some fail." in page
+    assert "| one" in (out / "report.md").read_text() and "one,good,0" in (out / "results.csv").read_text()
+
+    fewer = _study(place, streams=["one.yaml"], strategies=["good.yaml", "killed.yaml"])
+    assert [one.status for one in run_study(fewer, out, 2, runner=RUNNER)] == ["skipped", "done"]
+    assert [call["resume"] for call in _calls(folder / "good/seed-0")] == [False]
+    assert [call["resume"] for call in _calls(folder / "killed/seed-0")] == [False, True]
+    assert not (folder / "killed/seed-0/error.txt").exists()
+    assert "Failed" not in (out / "report.md").read_text()
+
+
+def test_a_run_that_leaves_its_process_is_a_failure(tmp_path: Path) -> None:
+    future: Future[str] = Future()
+    future.set_exception(SystemExit(3))
+    assert message_of(future, tmp_path) == "its process could not go on (SystemExit: 3)."
+    assert (tmp_path / "error.txt").read_text() == "its process could not go on (SystemExit: 3).\n"
+
+
+def test_what_the_runner_is_given_and_other_settings_do_not_overwrite(place: Path) -> None:
+    given = {"streams": [{"use": "one.yaml", "name": "x"}], "strategies": [{"use": "good.yaml", "name": "mine"}]}
+    out = place / "out"
+    run_study(_study(place, **given, set={"training.lr": 0.5}), out, data=place, runner=RUNNER, device="cpu")
+    (call,) = _calls(out / "x/mine/seed-0")
+    assert call == {
+        "stream": {"use": str(place / "one.yaml"), "name": "x"},
+        "strategy": str(place / "good.yaml"),
+        "seed": 0,
+        "resume": False,
+        "data": str(place),
+        "model": None,
+        "device": "cpu",
+        "overrides": {"training.lr": 0.5},
+        "progress": False,
+    }
+    changed = _study(place, **given, set={"training.lr": 0.6})
+    (outcome,) = run_study(changed, out, data=place, runner=RUNNER, device="cpu")
+    assert outcome.status == "done" and len(_calls(out / "x/mine/seed-0")) == 1
+    (aside,) = (out / "x/mine").glob(".seed-0.*.replaced")
+    assert _calls(aside)[0]["overrides"] == {"training.lr": 0.5}
+
+
+def test_an_interrupt_leaves_what_is_there_and_the_study_goes_on(place: Path) -> None:
+    study = _study(place, streams=["one.yaml"], strategies=["interrupts.yaml", "good.yaml"])
+    out = place / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, out, 1, runner=RUNNER)
+    assert not (out / "one/good/seed-0/result.json").exists()
+    rest = _study(place, streams=["one.yaml"], strategies=["interrupts.yaml"])
+    assert [one.status for one in run_study(rest, out, 2, runner=RUNNER)] == ["done"]
+    assert [call["resume"] for call in _calls(out / "one/interrupts/seed-0")] == [False, True]
+
+
+def test_a_folder_of_something_else_is_left_alone(place: Path) -> None:
+    study = _study(place, streams=["one.yaml"], strategies=["good.yaml"])
+    folder = place / "out/one/good/seed-0"
+    folder.mkdir(parents=True)
+    (folder / "mine.txt").write_text("precious")
+    (outcome,) = run_study(study, place / "out", runner=RUNNER)
+    assert outcome.status == "failed" and "holds files that no study wrote" in outcome.message
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    (folder / "cell.json").write_text("{")
+    (outcome,) = run_study(study, place / "out", runner=RUNNER)
+    assert "cell.json' is damaged" in outcome.message
+
+
+def test_out_that_cannot_be_written(place: Path) -> None:
+    study = _study(place, streams=["one.yaml"], strategies=["good.yaml"])
+    (place / "file").write_text("")
+    with pytest.raises(StateError, match="cannot be written"):
+        run_study(study, place / "file" / "out", runner=RUNNER)
+
+
+def test_a_mapping_is_a_study_too() -> None:
+    spec = parse(StudySpec, {"streams": ["split-digits"], "strategies": ["naive"]}, "here")
+    assert len(Study(spec).cells()) == 1
