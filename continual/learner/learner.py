@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -39,7 +40,7 @@ from continual.streams.convert import as_experience, as_table
 from continual.streams.experience import Experience, Scenario
 from continual.streams.stream import Stream
 from continual.streams.text import encode
-from continual.table import Table, concat, to_device
+from continual.table import Table, TensorTable, concat, to_device
 
 TEXT_COLUMNS = ("text", "prompt", "messages")
 
@@ -195,8 +196,8 @@ class Learner:
         """
         if self.objective not in ("classification", "regression"):
             raise ModelError("predict() is for classification and regression: call the model's own generate() instead.")
-        table = self._encoded(as_table(rows, what="predict"))
         context = self.context
+        table = self._encoded(_unlabelled(rows))
         found = []
         with self.randomness.framework(), evaluating(self.model):
             for start in range(0, len(table), batch_size):
@@ -641,3 +642,14 @@ def resolve_device(name: str) -> torch.device:
             "'auto'."
         )
     return device
+
+
+def _unlabelled(rows: Any) -> Table:
+    """Rows to predict: a list of texts, a tensor or array of inputs, or anything that has labels as well."""
+    if isinstance(rows, list) and rows and all(isinstance(row, str) for row in rows):
+        return TensorTable({"text": rows})
+    if isinstance(rows, torch.Tensor):
+        return TensorTable({"inputs": rows})
+    if isinstance(rows, np.ndarray) and rows.dtype.kind in "fiu":
+        return TensorTable({"inputs": torch.tensor(rows, dtype=torch.float32)})
+    return as_table(rows, what="predict")

@@ -1,0 +1,157 @@
+"""The command line, run as a user runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from continual import cli
+
+SMALL = ["--set", "training.epochs=1", "--device", "cpu"]
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def continual(*arguments: str, cwd: Path | None = None) -> Done:
+    """What ``continual ARGUMENTS`` prints and its exit status, in this process."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    argv, sys.argv = sys.argv, ["continual", *arguments]
+    try:
+        with (
+            contextlib.chdir(cwd or Path.cwd()),
+            contextlib.redirect_stdout(stdout),
+            contextlib.redirect_stderr(stderr),
+        ):
+            cli.main()
+    except SystemExit as end:
+        return Done(int(end.code or 0), stdout.getvalue(), stderr.getvalue())
+    finally:
+        sys.argv = argv
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "a"
+    done = continual("run", "split-digits", "rehearsal", "--seed", "0", "--out", str(out), *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "update 5" in done.stdout and "├──" in done.stdout
+    return out
+
+
+def test_a_run_leaves_its_result_its_checkpoint_and_a_page(finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text(encoding="utf-8"))
+    assert result["format"] == 1 and len(result["matrix"]) == 5 and len(result["experiences"]) == 5
+    names = {"accuracy", "learning_accuracy", "bwt", "forgetting", "fwt", "retention"}
+    assert names <= set(result["metrics"])
+    assert set(result["intervals"]) >= names - {"fwt"}
+    assert {"train_seconds", "rows_per_second", "peak_memory_bytes", "state_bytes"} <= set(result["cost"])
+    assert result["provenance"]["stream_fingerprint"] and result["provenance"]["versions"]["torch"]
+    assert (finished / "checkpoint" / "seal.json").is_file() and (finished / "report.html").is_file()
+    assert "<svg" in (finished / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_same_command_again_is_refused_and_resume_returns_it(finished: Path) -> None:
+    again = continual("run", "split-digits", "rehearsal", "--out", str(finished), *SMALL)
+    assert again.returncode == 1 and "--resume" in again.stderr and "Traceback" not in again.stderr
+    before = (finished / "result.json").read_bytes()
+    resumed = continual("run", "split-digits", "rehearsal", "--out", str(finished), "--resume", *SMALL)
+    assert resumed.returncode == 0 and (finished / "result.json").read_bytes() == before
+
+
+def test_report_and_list(finished: Path, tmp_path: Path) -> None:
+    done = continual("report", str(finished), "--out", str(tmp_path / "page.html"))
+    assert done.returncode == 0 and "rehearsal" in done.stdout and (tmp_path / "page.html").is_file()
+    listed = continual("list", "--parts")
+    assert listed.returncode == 0 and "split-digits" in listed.stdout and "adalora" in listed.stdout
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv=['continual','--help']\n"
+        "from continual import cli\n"
+        "try: cli.main()\nexcept SystemExit: pass\n"
+        "heavy={'torch','transformers','peft','numpy','pydantic','matplotlib','datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+WRONG = [
+    (["run", "split-digit", "rehearsal"], 1, "Did you mean 'split-digits'"),
+    (["run", "split-digits", "rehersal"], 1, "Did you mean 'rehearsal'"),
+    (["run", "split-digits", "rehearsal", "--set", "training.learning_rate=1"], 1, "learning_rate"),
+    (["run", "split-digits", "rehearsal", "--set", "replay.capcity=1"], 1, "Did you mean 'capacity'"),
+    (["run", "split-digits", "rehearsal", "--set", "training.lr"], 1, "key=value"),
+    (["run", "split-digits", "rehearsal", "--set", "training.lr=-1"], 1, "greater than 0"),
+    (["run", "split-digits", "rehearsal", "--device", "cuda:7"], 1, "CUDA devices"),
+    (["run", "split-digits", "rehearsal", "--device", "gpu"], 1, "unknown device"),
+    (["run", "split-digits", "rehearsal", "--resume"], 1, "no run to resume"),
+    (["run", "split-digits", "rehearsal", "--scenario", "tasks"], 1, "scenario"),
+    (["run", "split-digits", "lora", "--model", "no/such-model"], 1, "no/such-model"),
+    (["run", "docstrings", "rehearsal", "--model", "mlp"], 1, "tokenizer"),
+    (["run", "clinc150", "lora", "--data", "nowhere"], 1, "nowhere"),
+    (["run"], 2, "Missing argument"),
+    (["no-such-command"], 2, "No such command"),
+    (["report", "nowhere"], 1, "nowhere"),
+    (["study", "nowhere.yaml"], 1, "nowhere.yaml"),
+    (["check", "split-digit"], 1, "Did you mean 'split-digits'"),
+    (["check", "--schema", "streem"], 1, "Did you mean 'stream'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(
+    arguments: list[str], status: int, said: str, tmp_path: Path
+) -> None:
+    extra = ["--out", str(tmp_path / "out")] if arguments[0] == "run" and len(arguments) > 1 else []
+    done = continual(*arguments, *extra, cwd=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert said in done.stderr and "Traceback" not in done.stderr
+    if status == 1:
+        assert len(done.stderr.strip().splitlines()) == 1
+    left = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != ".lock"]
+    assert left == []
+
+
+def test_an_out_folder_of_another_run_is_refused(finished: Path) -> None:
+    for other in (["split-digits", "naive"], ["split-digits", "rehearsal", "--seed", "1"]):
+        done = continual("run", *other, "--out", str(finished), "--resume", *SMALL)
+        assert done.returncode == 1 and "another run" in done.stderr
+
+
+def test_a_truncated_checkpoint_is_named(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cut"
+    shutil.copytree(finished, out)
+    (out / "result.json").unlink()
+    tensors = out / "checkpoint" / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    done = continual("run", "split-digits", "rehearsal", "--out", str(out), "--resume", *SMALL)
+    assert done.returncode == 1 and "tensors.safetensors" in done.stderr and "SHA-256" in done.stderr
+
+
+def test_check_prints_experiences_and_schemas(tmp_path: Path) -> None:
+    done = continual("check", "split-digits")
+    assert done.returncode == 0 and "5 experiences" in done.stdout and "train" in done.stdout
+    for kind in ("stream", "strategy", "study"):
+        schema = continual("check", "--schema", kind)
+        assert schema.returncode == 0 and json.loads(schema.stdout)["type"] == "object"
+    strategy = tmp_path / "mine.yaml"
+    strategy.write_text("summary: x\nreplay: {kind: rehersal}\n", encoding="utf-8")
+    wrong = continual("check", str(strategy))
+    assert wrong.returncode == 1 and "mine.yaml" in wrong.stderr and "'rehearsal'" in wrong.stderr

@@ -1,0 +1,205 @@
+"""The learner with data that people have, its refusals, and the same parts in a loop of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from battery import MODEL, learner_for, tiny_stream, weights
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from continual import Learner, Strategy, TrainingContext
+from continual.errors import CompositionError, ModelError, SpecError, StateError, TrainingError
+from continual.learner.optimizer import make_optimizer, rate_factor
+from continual.models.build import build_model
+from continual.parts.head.linear import LinearHead
+from continual.parts.penalty.ewc import EWC
+from continual.parts.replay.rehearsal import Rehearsal
+from continual.randomness import Randomness
+from continual.state import load_state, save_state
+from continual.strategy import Training
+
+
+def points(seed: int, rows: int = 60) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 3, (rows,), generator=generator)
+    return TensorDataset(torch.randn(rows, 5, generator=generator) + 2 * labels[:, None], labels)
+
+
+def test_loaders_of_ones_own_and_a_module() -> None:
+    learner = Learner(nn.Linear(5, 3), strategy="ewc", progress=False)
+    learner.update(DataLoader(points(0), batch_size=8), test=DataLoader(points(1), batch_size=8), name="q1-fraud")
+    update = learner.update(DataLoader(points(2)), test=points(3), name="q2-fraud")
+    shown = str(update)
+    assert "q1-fraud" in shown and "q2-fraud" in shown and "what to do" in shown
+    found = learner.predict(points(3).tensors[0])
+    assert found["scores"].shape == (60, 3) and len(found["names"]) == 60
+    assert torch.allclose(found["scores"].sum(1), torch.ones(60))
+
+
+def test_a_loop_of_ones_own_equals_the_learner() -> None:
+    stream = tiny_stream(experiences=2)
+    training = {"optimizer": "sgd", "lr": 0.05, "epochs": 2, "batch_size": 16}
+    strategy = Strategy(LinearHead(), Rehearsal(capacity=20), EWC(strength=1.0), training=training)
+    learner = Learner(MODEL, strategy, seed=5, device="cpu", progress=False, monitor=False)
+    learner.run(stream)
+
+    randomness = Randomness(5)
+    with randomness.framework():
+        model = build_model(
+            MODEL, objective="classification", example=stream[0].train[torch.zeros(1, dtype=torch.int64)]
+        )
+        loop = TrainingContext(model, strategy.make_parts(), randomness=randomness, batch_size=16)
+        for experience in stream:
+            loop.begin(experience)
+            loop.optimizer = loop.optimizer or make_optimizer(Training(**training), loop.parameters())
+            model.train()
+            for _ in range(2):
+                for batch in loop.shuffled(experience.train, batch_size=16):
+                    loop.optimizer.zero_grad()
+                    loop.backward(batch)
+                    loop.optimizer.step()
+                    loop.after_step()
+            loop.end()
+    ours, own = weights(learner), model.state_dict()
+    assert all(torch.equal(ours[name], own[name]) for name in own)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_rows_and_part() -> None:
+    stream = tiny_stream(experiences=1)
+    learner = learner_for(Strategy(training={"optimizer": "sgd", "lr": 1e30, "batch_size": 8}))
+    with pytest.raises(TrainingError, match=r"not finite at step \d+ \(from objective; rows \d+"):
+        learner.run(stream)
+
+
+def test_accumulation_equals_one_large_batch() -> None:
+    stream = tiny_stream(experiences=1)
+    rows = len(stream[0].train)
+    models = []
+    for batch_size, accumulate in ((rows, 1), (rows // 2, 2)):
+        training = {"optimizer": "sgd", "lr": 0.1, "epochs": 3, "batch_size": batch_size, "accumulate": accumulate}
+        even = stream[0].train.select(torch.arange(rows // 2 * 2))
+        learner = learner_for(Strategy(training=training))
+        from dataclasses import replace
+
+        learner.update(replace(stream[0], train=even))
+        models.append(weights(learner))
+    for name in models[0]:
+        torch.testing.assert_close(models[0][name], models[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_every_key_of_training_changes_something() -> None:
+    stream = tiny_stream(experiences=2)
+    base = {"optimizer": "sgd", "lr": 0.05, "epochs": 2, "batch_size": 16}
+
+    def trained(**changes: object) -> dict[str, torch.Tensor]:
+        settings = {key: value for key, value in (base | changes).items() if value is not None}
+        learner = learner_for(Strategy(training=settings))
+        learner.run(stream)
+        return weights(learner)
+
+    plain = trained()
+    changes: list[dict[str, object]] = [
+        {"optimizer": "adam"},
+        {"optimizer": "adamw"},
+        {"lr": 0.06},
+        {"head_lr": 0.1},
+        {"momentum": 0.5},
+        {"weight_decay": 0.1},
+        {"epochs": 3},
+        {"epochs": None, "iterations": 5},
+        {"batch_size": 8},
+        {"accumulate": 2},
+        {"clip": 0.01},
+        {"schedule": "linear"},
+        {"schedule": "cosine"},
+        {"warmup": 0.5},
+        {"precision": "bf16"},
+        {"active": "experience"},
+    ]
+    for change in changes:
+        changed = trained(**change)
+        assert any(not torch.equal(plain[name], changed[name]) for name in plain), change
+    momentum = {"momentum": 0.9}
+    kept, fresh = trained(**momentum), trained(**momentum, fresh_optimizer=True)
+    assert any(not torch.equal(kept[name], fresh[name]) for name in kept)
+
+
+def test_rates() -> None:
+    linear = Training(schedule="linear", warmup=0.2)
+    assert [rate_factor(linear, step, 10) for step in (0, 1, 2, 6)] == [0.5, 1.0, 1.0, 0.5]
+    assert rate_factor(Training(schedule="cosine"), 5, 10) == pytest.approx(0.5)
+    assert rate_factor(Training(), 9, 10) == 1.0
+
+
+def test_early_stopping_takes_the_best_weights_and_needs_valid_rows() -> None:
+    from dataclasses import replace
+
+    training = {"optimizer": "sgd", "lr": 0.1, "epochs": 40, "batch_size": 16, "early_stopping": {"patience": 1}}
+    experience = tiny_stream(experiences=1)[0]
+    learner = learner_for(Strategy(training=training))
+    with pytest.raises(TrainingError, match="no valid rows"):
+        learner.update(replace(experience, valid=None))
+    learner = learner_for(Strategy(training=training))
+    update = learner.update(replace(experience, valid=experience.train.select(torch.arange(40))))
+    assert update.stopped_early and update.steps < 40 * (-(-len(experience.train) // 16))
+
+
+def test_impossible_compositions_say_why() -> None:
+    with pytest.raises(CompositionError, match="frozen"):
+        Strategy.load({"adapter": {"kind": "lora"}, "backbone": "frozen"})
+    with pytest.raises(CompositionError, match="needs a model that gives features"):
+        Learner(nn.Linear(64, 10), "frozen", progress=False).run(tiny_stream())
+    with pytest.raises(SpecError, match="epochs or iterations"):
+        Strategy(training={"epochs": 1, "iterations": 5})
+    with pytest.raises(SpecError, match="Did you mean 'training'"):
+        Strategy.load({"trainning": {}})
+    with pytest.raises(ModelError, match="at least as many outputs"):
+        Learner(nn.Linear(64, 3), "naive", progress=False).run(tiny_stream())
+
+
+def test_a_state_of_another_strategy_stream_or_order_is_refused(tmp_path: Path) -> None:
+    learner = learner_for("naive")
+    stream = tiny_stream()
+    learner.run(stream[:1])
+    learner.save(tmp_path / "state")
+    with pytest.raises(StateError, match="another strategy"):
+        Learner.load(tmp_path / "state", strategy="ewc", progress=False)
+    loaded = Learner.load(tmp_path / "state", device="cpu", progress=False)
+    with pytest.raises(StateError, match="another stream"):
+        loaded.run(tiny_stream(seed=9))
+    with pytest.raises(StateError, match="in their order"):
+        loaded.update(stream[2])
+    with pytest.raises(StateError, match="holds no saved state"):
+        Learner.load(tmp_path / "nothing")
+
+
+def test_a_full_disk_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_state(tmp_path / "state", {"a": torch.ones(3)})
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("continual.state.save_file", full)
+    with pytest.raises(StateError, match="No space left on device"):
+        save_state(tmp_path / "state", {"a": torch.zeros(3)})
+    assert torch.equal(load_state(tmp_path / "state")["a"], torch.ones(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+    save_state(tmp_path / "state", {"a": torch.ones(3)})
+    (tmp_path / "state").rename(tmp_path / ".state.12345678.old")
+    assert torch.equal(load_state(tmp_path / "state")["a"], torch.ones(3))
+
+
+def test_an_adapter_is_exported_by_the_run(tmp_path: Path) -> None:
+    learner = learner_for("lora")
+    learner.run(tiny_stream(experiences=2))
+    assert (learner.export(tmp_path / "adapter") / "adapter_model.safetensors").is_file()
+    with pytest.raises(CompositionError, match="trains no adapter"):
+        plain = learner_for("naive")
+        plain.run(tiny_stream(experiences=1))
+        plain.export(tmp_path / "none")
