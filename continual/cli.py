@@ -117,10 +117,10 @@ def report_command(
     title: Annotated[str, typer.Option("--title", help="Its title.")] = "What is still known",
 ) -> None:
     """Write one self-contained page about runs, and print their table."""
-    from continual.report import load_results, markdown_table, write_page
+    from continual.report import load_failures, load_results, markdown_table, write_page
 
     results = load_results(folders)
-    write_page(results, out, title)
+    write_page(results, out, title, failures=load_failures(folders))
     print(markdown_table(results))
     print(out)
 
@@ -195,7 +195,7 @@ def main() -> NoReturn:
         print(f"continual: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("continual: stopped; run the same command with --resume to go on.", file=sys.stderr)
+        print("continual: stopped; the same command goes on (a run needs --resume).", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()

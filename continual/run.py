@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import nn
 
-from continual.errors import StateError
+from continual.errors import ContinualError, StateError
 from continual.learner import Learner
 from continual.learner.learner import resolve_device
 from continual.state import recover_folder, write_text
@@ -78,7 +78,12 @@ def run_cell(
             out, base, chosen, seed, resume, device=device, save_every=save_every, track=track, progress=progress
         )
         write_text(out / "run.json", json.dumps(request, indent=1))
-        run = learner.run(loaded)
+        try:
+            run = learner.run(loaded)
+        except ContinualError:
+            if not (out / "checkpoint").exists():
+                (out / "run.json").unlink()
+            raise
         if on_update is not None:
             for update in run.updates:
                 on_update(update)
@@ -107,8 +112,10 @@ def _look(out: Path, request: dict[str, Any], resume: bool) -> dict[str, Any] | 
     if not resume:
         raise StateError(f"'{out}' holds this run already: add --resume to go on with it, or name another out folder.")
     if (out / "result.json").is_file():
-        found = json.loads((out / "result.json").read_text(encoding="utf-8"))
-        assert isinstance(found, dict)
+        try:
+            found: dict[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise StateError(f"'{out / 'result.json'}' is damaged ({error}): delete it and resume the run.") from error
         return found
     return None
 

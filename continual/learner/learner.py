@@ -32,6 +32,7 @@ from continual.parts.adapter.lora import LoRA
 from continual.parts.context import TrainingContext
 from continual.parts.head.linear import LinearHead
 from continual.parts.part import SLOTS, Part
+from continual.provenance import now
 from continual.randomness import Randomness
 from continual.state import load_state, save_state, tensor_bytes
 from continual.strategy import Strategy
@@ -95,6 +96,7 @@ class Learner:
         self.experience_names: list[str] = []
         self.cost: dict[str, float] = {"train_seconds": 0.0, "monitor_seconds": 0.0, "rows_trained": 0}
         self.notes: list[str] = []
+        self.started = now()
         self._model_spec: str | Mapping[str, Any] | nn.Module = model
         self._model: Model | None = None
         self._context: TrainingContext | None = None
@@ -299,6 +301,7 @@ class Learner:
             "experience_names": list(self.experience_names),
             "cost": dict(self.cost),
             "notes": list(self.notes),
+            "started": self.started,
             "owner": list(context.owner),
             "position": {
                 "index": context.experience_index,
@@ -340,7 +343,7 @@ class Learner:
             self.class_names = tuple(state["class_names"])
             self.stream_name, self.stream_fingerprint = state["stream"]["name"], state["stream"]["fingerprint"]
             self.updates, self.experience_names = state["updates"], list(state["experience_names"])
-            self.cost, self.notes = dict(state["cost"]), list(state["notes"])
+            self.cost, self.notes, self.started = dict(state["cost"]), list(state["notes"]), state["started"]
             if self.monitor is not None and state["monitor"] is not None:
                 self.monitor.load_state_dict(state["monitor"])
             for index, table in state["tests"].items():
@@ -543,6 +546,12 @@ class Learner:
         example = None
         if experience is not None and not any(name in experience.train.names for name in TEXT_COLUMNS):
             example = experience.train[torch.zeros(1, dtype=torch.int64)]
+        kind = self._model_spec.get("kind") if isinstance(self._model_spec, Mapping) else self._model_spec
+        if experience is not None and example is None and kind == "mlp":
+            raise ModelError(
+                f"the rows of '{experience.name}' are text and an mlp has no tokenizer: name a Hugging Face model, such as "
+                "sentence-transformers/all-MiniLM-L6-v2."
+            )
         model = build_model(self._model_spec, objective=self.objective, example=example)
         if experience is not None and example is None and model.tokenizer is None:
             raise ModelError(

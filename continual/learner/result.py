@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from continual.objective import PRIMARY
-from continual.provenance import commit, hardware, now, peak_memory_bytes, versions
+from continual.provenance import commit, hardware, peak_memory_bytes, versions
 
 if TYPE_CHECKING:
     from continual.learner.learner import Learner
@@ -52,7 +52,7 @@ def result_of(learner: Learner, stream_summary: str, scenario: str) -> dict[str,
             "versions": versions(),
             "hardware": hardware(device),
             "seed": learner.seed,
-            "started": now(),
+            "started": learner.started,
             "stream_fingerprint": learner.stream_fingerprint,
             "strategy_fingerprint": strategy.fingerprint(),
             "base_model_sha256": learner.model.base_sha256,
