@@ -8,7 +8,7 @@ strategy trains one.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from continual.errors import ContinualError, StateError
-from continual.learner import Learner
-from continual.learner.learner import resolve_device
+from continual.learner import Learner, Update
+from continual.learner.core import resolve_device
 from continual.state import recover_folder, write_text
 from continual.strategy import Strategy
 from continual.streams.experience import Scenario
@@ -43,7 +43,7 @@ def run_cell(
     save_every: int = SAVE_EVERY,
     track: str | None = None,
     progress: bool | None = None,
-    on_update: Any = None,
+    on_update: Callable[[Update], None] | None = None,
 ) -> dict[str, Any]:
     """Run a strategy over a stream and write ``out/result.json``; returns its content.
 
@@ -79,14 +79,11 @@ def run_cell(
         )
         write_text(out / "run.json", json.dumps(request, indent=1))
         try:
-            run = learner.run(loaded)
+            run = learner.run(loaded, on_update=on_update)
         except ContinualError:
             if not (out / "checkpoint").exists():
                 (out / "run.json").unlink()
             raise
-        if on_update is not None:
-            for update in run.updates:
-                on_update(update)
         _write(out, learner, run.result)
     return run.result
 

@@ -3,50 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from torch import nn
 
-from continual.errors import CompositionError, ModelError, SpecError, StateError
-from continual.learner.checkpoint import FORMAT, check_same, table_from_state, table_state
-from continual.learner.optimizer import load_optimizer_state, make_optimizer, optimizer_state
+from continual.errors import ModelError, StateError
+from continual.learner.checkpoint import check_same
+from continual.learner.optimizer import make_optimizer
 from continual.learner.result import result_of
+from continual.learner.saving import Saving
 from continual.learner.trainer import Progress, Trainer
 from continual.learner.update import Run, Update
-from continual.models.build import build_model
-from continual.models.model import Model
 from continual.monitor.evaluation import evaluating, score_tables
-from continual.monitor.monitor import Monitor
-from continual.objective import Objective
-from continual.parts.adapter.adalora import AdaLoRA
-from continual.parts.adapter.export import export_adapter
-from continual.parts.adapter.lora import LoRA
-from continual.parts.context import TrainingContext
-from continual.parts.head.linear import LinearHead
-from continual.parts.part import SLOTS, Part
-from continual.provenance import now
-from continual.randomness import Randomness
-from continual.state import load_state, save_state, tensor_bytes
-from continual.strategy import Strategy
 from continual.streams.check import require_stream
 from continual.streams.convert import as_experience, as_table
-from continual.streams.experience import Experience, Scenario
+from continual.streams.experience import Experience
 from continual.streams.stream import Stream
-from continual.streams.text import encode
 from continual.table import Table, TensorTable, concat, to_device
 
-TEXT_COLUMNS = ("text", "prompt", "messages")
 
-
-class Learner:
+class Learner(Saving):
     """Keeps one model learning.
 
     Args:
@@ -65,71 +45,6 @@ class Learner:
     Raises:
         SpecError, ModelError, CompositionError: what was asked for cannot be.
     """
-
-    def __init__(
-        self,
-        model: str | Mapping[str, Any] | nn.Module = "mlp",
-        strategy: str | Path | Mapping[str, Any] | Strategy = "naive",
-        *,
-        seed: int = 0,
-        device: str = "auto",
-        monitor: Monitor | bool | None = None,
-        objective: Objective = "classification",
-        scenario: Scenario = "class",
-        folder: Path | str | None = None,
-        save_every: int | None = None,
-        track: str | None = None,
-        progress: bool | None = None,
-    ) -> None:
-        self.strategy = Strategy.load(strategy)
-        self.seed = int(seed)
-        self.randomness = Randomness(self.seed)
-        self.device = resolve_device(device)
-        self.monitor: Monitor | None = Monitor() if monitor is None or monitor is True else (monitor or None)
-        self.objective, self.scenario = objective, scenario
-        self.folder = Path(folder) if folder is not None else None
-        self.save_every, self.track, self.progress = save_every, track, progress
-        self.class_names: tuple[str, ...] = ()
-        self.stream_name: str | None = None
-        self.stream_fingerprint: str | None = None
-        self.updates = 0
-        self.experience_names: list[str] = []
-        self.cost: dict[str, float] = {"train_seconds": 0.0, "monitor_seconds": 0.0, "rows_trained": 0}
-        self.notes: list[str] = []
-        self.started = now()
-        self._model_spec: str | Mapping[str, Any] | nn.Module = model
-        self._model: Model | None = None
-        self._context: TrainingContext | None = None
-        self._past: list[tuple[Table, Table | None]] = []
-        self._pending: Progress | None = None
-        self._pending_name: str | None = None
-        self._tracking = False
-        self.accelerator = self._accelerator()
-
-    # The model and what surrounds it
-
-    @property
-    def model(self) -> Model:
-        """The model as it is now.
-
-        Raises:
-            ModelError: it is made at the first update, and there was none yet.
-        """
-        if self._model is None:
-            raise ModelError("the model is made at the first update, which has not been: call update() first.")
-        return self._model
-
-    @property
-    def context(self) -> TrainingContext:
-        """What the parts see."""
-        if self._context is None:
-            raise ModelError("the parts are made at the first update, which has not been: call update() first.")
-        return self._context
-
-    @property
-    def parts(self) -> list[Part]:
-        """The parts of the strategy, with their state."""
-        return self.context.parts
 
     def update(
         self,
@@ -165,8 +80,18 @@ class Learner:
             )
         return self._update(experience)
 
-    def run(self, stream: Stream | str | Path | Mapping[str, Any], *, data: Path | None = None) -> Run:
+    def run(
+        self,
+        stream: Stream | str | Path | Mapping[str, Any],
+        *,
+        data: Path | None = None,
+        on_update: Callable[[Update], None] | None = None,
+    ) -> Run:
         """Update on every experience of a stream that has not been learnt yet; goes on where a loaded state stands.
+
+        Args:
+            data: folder of the stream's data, where the stream is a name, a file or a mapping.
+            on_update: called after each update.
 
         Raises:
             StreamError: what ``check_stream`` finds.
@@ -180,9 +105,11 @@ class Learner:
         if self.stream_fingerprint is not None:
             check_same("stream", self.stream_fingerprint, fingerprint)
         self.stream_name, self.stream_fingerprint = stream.name, fingerprint
-        run = Run(self)
+        run = Run()
         for experience in self._todo(stream):
             run.updates.append(self._update(experience, stream))
+            if on_update is not None:
+                on_update(run.updates[-1])
         run.result = result_of(self, stream.summary, stream.scenario)
         return run
 
@@ -213,144 +140,6 @@ class Learner:
         scores_NK = logits_NK.masked_fill(~competes, -torch.inf).softmax(-1)
         labels_N = scores_NK.argmax(-1)
         return {"labels": labels_N, "names": [self.class_names[i] for i in labels_N.tolist()], "scores": scores_NK}
-
-    # State
-
-    def save(self, folder: Path | str) -> Path:
-        """Write the whole state, test sets included, so that :meth:`load` goes on bit for bit.
-
-        Raises:
-            StateError: the folder cannot be written; what was there is untouched.
-        """
-        save_state(Path(folder), self._state(with_tests=True))
-        return Path(folder)
-
-    def export(self, folder: Path | str, *, max_rank: int | None = None) -> Path:
-        """Write what the adapters learnt as one plain LoRA folder that stock PEFT loads on the original base.
-
-        Args:
-            max_rank: refuse a rank above it, such as a server's limit.
-
-        Raises:
-            CompositionError: the strategy trains no adapter.
-        """
-        for part in self.parts:
-            if isinstance(part, LoRA | AdaLoRA):
-                return export_adapter(self.model, part, Path(folder), max_rank=max_rank)
-        raise CompositionError(f"strategy '{self.strategy.name}' trains no adapter: export() is for those that do.")
-
-    @classmethod
-    def load(
-        cls,
-        source: Path | str,
-        /,
-        *,
-        model: nn.Module | None = None,
-        strategy: str | Path | Mapping[str, Any] | Strategy | None = None,
-        **options: Any,
-    ) -> Learner:
-        """A learner as :meth:`save` or a checkpoint left it.
-
-        Args:
-            model: the module, where the learner was made with an ``nn.Module`` object.
-            strategy: when given, it must be the one that was saved.
-            options: as for the constructor (``device``, ``monitor``, ``folder`` …).
-
-        Raises:
-            StateError: damaged, or of another strategy.
-            ModelError: the base model is not the one that was recorded.
-        """
-        state = load_state(Path(source))
-        if state.get("format") != FORMAT:
-            raise StateError(f"'{source}' has format {state.get('format')!r}, this version reads {FORMAT}.")
-        saved = Strategy.load({**state["strategy"], "name": state["strategy_name"]})
-        if strategy is not None:
-            check_same("strategy", saved.fingerprint(), Strategy.load(strategy).fingerprint())
-        spec = state["model_spec"]
-        if model is None and isinstance(spec, dict) and spec.get("kind") == "object":
-            raise StateError(
-                f"'{source}' was made with a model object ({spec.get('class')}): hand the same model in, "
-                "Learner.load(folder, model=...)."
-            )
-        learner = cls(
-            model if model is not None else spec,
-            saved,
-            seed=state["seed"],
-            objective=state["objective"],
-            scenario=state["scenario"],
-            **options,
-        )
-        learner._restore(state)
-        return learner
-
-    def _state(self, *, with_tests: bool, progress: Progress | None = None) -> dict[str, Any]:
-        context = self.context
-        optimizer = context.optimizer
-        return {
-            "format": FORMAT,
-            "seed": self.seed,
-            "strategy": self.strategy.to_dict(),
-            "strategy_name": self.strategy.name,
-            "model_spec": dict(self.model.spec),
-            "base_model_sha256": self.model.base_sha256,
-            "objective": self.objective,
-            "scenario": self.scenario,
-            "class_names": list(self.class_names),
-            "stream": {"name": self.stream_name, "fingerprint": self.stream_fingerprint},
-            "updates": self.updates,
-            "experience_names": list(self.experience_names),
-            "cost": dict(self.cost),
-            "notes": list(self.notes),
-            "started": self.started,
-            "owner": list(context.owner),
-            "position": {
-                "index": context.experience_index,
-                "step": context.step,
-                "steps": context.steps,
-                "epoch": context.epoch,
-                "name": context.experience.name if context.experience else None,
-            },
-            "progress": progress.state_dict() if progress else None,
-            "parts": {f"{i}:{part.name}": part.state_dict() for i, part in enumerate(context.parts)},
-            "weights": self.model.saved_tensors(),
-            "optimizer": optimizer_state(optimizer, context.parameters()) if optimizer else None,
-            "randomness": self.randomness.state_dict(),
-            "monitor": self.monitor.state_dict() if self.monitor else None,
-            "tests": {str(i): table_state(table) for i, table in self._tests().items()} if with_tests else {},
-        }
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        with self.randomness.framework():
-            self._build(None, state)
-            model, context = self.model, self.context
-            if state["base_model_sha256"] != model.base_sha256:
-                raise ModelError(
-                    f"the base model has SHA-256 {str(model.base_sha256)[:12]}…, the state was made on "
-                    f"{str(state['base_model_sha256'])[:12]}…: give the same base model."
-                )
-            for index, part in enumerate(context.parts):
-                part.load_state_dict(state["parts"][f"{index}:{part.name}"])
-            model.load_saved(state["weights"])
-            model.to(self.device)
-            context.set_owner(state["owner"])
-            position = state["position"]
-            context.experience_index, context.step = position["index"], position["step"]
-            context.steps, context.epoch = position["steps"], position["epoch"]
-            context._parameters = None
-            if state["optimizer"] is not None:
-                context.optimizer = make_optimizer(self.strategy.training, context.parameters())
-                load_optimizer_state(context.optimizer, context.parameters(), state["optimizer"])
-            self.class_names = tuple(state["class_names"])
-            self.stream_name, self.stream_fingerprint = state["stream"]["name"], state["stream"]["fingerprint"]
-            self.updates, self.experience_names = state["updates"], list(state["experience_names"])
-            self.cost, self.notes, self.started = dict(state["cost"]), list(state["notes"]), state["started"]
-            if self.monitor is not None and state["monitor"] is not None:
-                self.monitor.load_state_dict(state["monitor"])
-            for index, table in state["tests"].items():
-                self._keep_test(int(index), self.experience_names[int(index)], table_from_state(table))
-            if state["progress"] is not None:
-                self._pending = Progress(**state["progress"])
-            self.randomness.load_state_dict(state["randomness"])
 
     # One update
 
@@ -459,12 +248,6 @@ class Learner:
             if self.monitor is not None and test is not None and len(test):
                 self.monitor.register(index, stream[index].name, self._encoded(test), ahead=True)
 
-    def _tests(self) -> dict[int, Table]:
-        """Test sets of the experiences learnt so far, or under way."""
-        if self.monitor is None:
-            return {}
-        return {index: table for index, table in self.monitor.tables().items() if index < len(self.experience_names)}
-
     def _comparable(self, experience: Experience) -> bool:
         """Whether a test set can be measured before its experience was learnt: every class has an output from the start."""
         return self.objective != "classification" or (
@@ -517,10 +300,6 @@ class Learner:
             if experience.test is not None and len(experience.test):
                 self._keep_test(experience.index, experience.name, experience.test)
 
-    def _keep_test(self, index: int, name: str, table: Table) -> None:
-        if self.monitor is not None:
-            self.monitor.register(index, name, table)
-
     def _todo(self, stream: Stream) -> list[Experience] | Stream:
         if self.strategy.data == "joint":
             return [] if self.updates else [stream.joint()[0]]
@@ -537,120 +316,8 @@ class Learner:
                 self._keep_test(experience.index, experience.name, self._encoded(experience.test))
         return stream[self.updates :]
 
-    # Making things
-
-    def _build(self, experience: Experience | None, state: dict[str, Any] | None = None) -> None:
-        """Make the model and the parts, for an experience or as a state says."""
-        if experience is not None:
-            self.objective, self.scenario = experience.objective, experience.scenario
-        example = None
-        if experience is not None and not any(name in experience.train.names for name in TEXT_COLUMNS):
-            example = experience.train[torch.zeros(1, dtype=torch.int64)]
-        kind = self._model_spec.get("kind") if isinstance(self._model_spec, Mapping) else self._model_spec
-        if experience is not None and example is None and kind == "mlp":
-            raise ModelError(
-                f"the rows of '{experience.name}' are text and an mlp has no tokenizer: name a Hugging Face model, such as "
-                "sentence-transformers/all-MiniLM-L6-v2."
-            )
-        model = build_model(self._model_spec, objective=self.objective, example=example)
-        if experience is not None and example is None and model.tokenizer is None:
-            raise ModelError(
-                f"the rows of '{experience.name}' are text and the model has no tokenizer: name a Hugging Face model, such "
-                "as sentence-transformers/all-MiniLM-L6-v2."
-            )
-        self.strategy.check(objective=self.objective, gives_features=model.gives_features)
-        parts = self.strategy.make_parts()
-        if model.gives_features and not any(part.slot == "head" for part in parts):
-            parts.append(LinearHead())
-        parts.sort(key=lambda part: SLOTS.index(part.slot))
-        if self.strategy.backbone == "frozen":
-            model.backbone.requires_grad_(False)
-        model.to(self.device)
-        training = self.strategy.training
-        competition = training.active or ("experience" if self.scenario == "task" else "seen")
-        self._model = model
-        self._pending_name = state["position"]["name"] if state else None
-        self._context = TrainingContext(
-            model,
-            parts,
-            objective=self.objective,
-            scenario=self.scenario,
-            competition=competition,
-            device=self.device,
-            randomness=self.randomness,
-            autocast=self.accelerator.autocast if training.precision == "bf16" else nullcontext,
-            batch_size=training.batch_size,
-        )
-        if experience is not None and competition == "all":
-            if experience.total_classes is None:
-                raise SpecError(
-                    "training.active: all needs to know how many classes the stream will have, and this one is open: take "
-                    "'seen' or 'experience'."
-                )
-            self._context.reserve_classes = experience.total_classes
-
-    def _mark_altered(self) -> None:
-        self.model.mark_altered(self.context.parameters().values())
-
-    def _accelerator(self) -> Accelerator:
-        AcceleratorState._reset_state(reset_partial_state=False)
-        precision = "bf16" if self.strategy.training.precision == "bf16" else "no"
-        accelerator = Accelerator(
-            cpu=self.device.type == "cpu",
-            mixed_precision=precision,
-            log_with=self.track,
-            project_dir=None if self.folder is None else str(self.folder.parent / "tracking"),
-        )
-        if self.track:
-            accelerator.init_trackers("continual", config={"strategy": self.strategy.name, "seed": self.seed})
-            self._tracking = True
-        return accelerator
-
-    def _encoded(self, table: Table) -> Table:
-        if any(name in table.names for name in TEXT_COLUMNS) and "input_ids" not in table.names:
-            model = self.model
-            if model.tokenizer is None:
-                raise ModelError("the rows are text and the model has no tokenizer: name a Hugging Face model.")
-            assert model.max_length is not None, "a model with a tokenizer has a longest row"
-            return encode(table, model.tokenizer, self.objective, model.max_length)
-        return table
-
-    def _checkpoint(self, progress: Progress | None) -> None:
-        assert self.folder is not None
-        if self.accelerator.is_main_process:
-            save_state(self.folder, self._state(with_tests=self.stream_name is None, progress=progress))
-        self.accelerator.wait_for_everyone()
-
     def _log(self, figures: dict[str, float], step: int) -> None:
         self.accelerator.log(figures, step=step)
-
-    def state_bytes(self) -> dict[str, int]:
-        """Bytes of each part's state, of the weights that are saved, and of the optimiser's state."""
-        found = {part.name: part.nbytes() for part in self.parts}
-        found["weights"] = tensor_bytes(self.model.saved_tensors())
-        optimizer = self.context.optimizer
-        found["optimizer"] = tensor_bytes(optimizer_state(optimizer, self.context.parameters())) if optimizer else 0
-        return found
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto`` takes a GPU where there is one.
-
-    Raises:
-        SpecError: a device that is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise SpecError(f"unknown device '{name}': allowed are 'auto', 'cpu', 'cuda', 'cuda:0' and so on.") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SpecError(
-            f"the device '{name}' was asked for and this machine has {torch.cuda.device_count()} CUDA devices: take 'cpu' or "
-            "'auto'."
-        )
-    return device
 
 
 def _unlabelled(rows: Any) -> Table:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from continual.learner.core import Core
 from continual.objective import PRIMARY
 from continual.provenance import commit, hardware, peak_memory_bytes, versions
 
-if TYPE_CHECKING:
-    from continual.learner.learner import Learner
 
-
-def result_of(learner: Learner, stream_summary: str, scenario: str) -> dict[str, Any]:
+def result_of(learner: Core, stream_summary: str, scenario: str) -> dict[str, Any]:
     """All figures of a run; numbers that do not exist are null, never NaN."""
     monitor, strategy = learner.monitor, learner.strategy
     measured = monitor is not None and monitor.measured

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from continual.monitor.monitor import Retention
-
-if TYPE_CHECKING:
-    from continual.learner.learner import Learner
 
 
 @dataclass(frozen=True)
@@ -46,12 +43,10 @@ class Run:
     """All updates over a stream.
 
     Attributes:
-        learner: as it is after the last update.
         updates: those that this call made (fewer than the stream has where the run was resumed).
         result: the content of ``result.json``.
     """
 
-    learner: Learner
     updates: list[Update] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=dict)
 

@@ -1,0 +1,166 @@
+"""A learner's whole state, to disk and back, and its adapter for others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from torch import nn
+
+from continual.errors import CompositionError, ModelError, StateError
+from continual.learner.checkpoint import FORMAT, check_same, table_from_state, table_state
+from continual.learner.core import Core
+from continual.learner.optimizer import load_optimizer_state, make_optimizer, optimizer_state
+from continual.learner.trainer import Progress
+from continual.parts.adapter.adalora import AdaLoRA
+from continual.parts.adapter.export import export_adapter
+from continual.parts.adapter.lora import LoRA
+from continual.state import load_state, save_state
+from continual.strategy import Strategy
+
+
+class Saving(Core):
+    """Adds :meth:`save`, :meth:`load` and :meth:`export`."""
+
+    def save(self, folder: Path | str) -> Path:
+        """Write the whole state, test sets included, so that :meth:`load` goes on bit for bit.
+
+        Raises:
+            StateError: the folder cannot be written; what was there is untouched.
+        """
+        save_state(Path(folder), self._state(with_tests=True))
+        return Path(folder)
+
+    def export(self, folder: Path | str, *, max_rank: int | None = None) -> Path:
+        """Write what the adapters learnt as one plain LoRA folder that stock PEFT loads on the original base.
+
+        Args:
+            max_rank: refuse a rank above it, such as a server's limit.
+
+        Raises:
+            CompositionError: the strategy trains no adapter.
+        """
+        for part in self.parts:
+            if isinstance(part, LoRA | AdaLoRA):
+                return export_adapter(self.model, part, Path(folder), max_rank=max_rank)
+        raise CompositionError(f"strategy '{self.strategy.name}' trains no adapter: export() is for those that do.")
+
+    @classmethod
+    def load(
+        cls,
+        source: Path | str,
+        /,
+        *,
+        model: nn.Module | None = None,
+        strategy: str | Path | Mapping[str, Any] | Strategy | None = None,
+        **options: Any,
+    ) -> Self:
+        """A learner as :meth:`save` or a checkpoint left it.
+
+        Args:
+            model: the module, where the learner was made with an ``nn.Module`` object.
+            strategy: when given, it must be the one that was saved.
+            options: as for the constructor (``device``, ``monitor``, ``folder`` …).
+
+        Raises:
+            StateError: damaged, or of another strategy.
+            ModelError: the base model is not the one that was recorded.
+        """
+        state = load_state(Path(source))
+        if state.get("format") != FORMAT:
+            raise StateError(f"'{source}' has format {state.get('format')!r}, this version reads {FORMAT}.")
+        saved = Strategy.load({**state["strategy"], "name": state["strategy_name"]})
+        if strategy is not None:
+            check_same("strategy", saved.fingerprint(), Strategy.load(strategy).fingerprint())
+        spec = state["model_spec"]
+        if model is None and isinstance(spec, dict) and spec.get("kind") == "object":
+            raise StateError(
+                f"'{source}' was made with a model object ({spec.get('class')}): hand the same model in, "
+                "Learner.load(folder, model=...)."
+            )
+        learner = cls(
+            model if model is not None else spec,
+            saved,
+            seed=state["seed"],
+            objective=state["objective"],
+            scenario=state["scenario"],
+            **options,
+        )
+        learner._restore(state)
+        return learner
+
+    def _state(self, *, with_tests: bool, progress: Progress | None = None) -> dict[str, Any]:
+        context = self.context
+        optimizer = context.optimizer
+        return {
+            "format": FORMAT,
+            "seed": self.seed,
+            "strategy": self.strategy.to_dict(),
+            "strategy_name": self.strategy.name,
+            "model_spec": dict(self.model.spec),
+            "base_model_sha256": self.model.base_sha256,
+            "objective": self.objective,
+            "scenario": self.scenario,
+            "class_names": list(self.class_names),
+            "stream": {"name": self.stream_name, "fingerprint": self.stream_fingerprint},
+            "updates": self.updates,
+            "experience_names": list(self.experience_names),
+            "cost": dict(self.cost),
+            "notes": list(self.notes),
+            "started": self.started,
+            "owner": list(context.owner),
+            "position": {
+                "index": context.experience_index,
+                "step": context.step,
+                "steps": context.steps,
+                "epoch": context.epoch,
+                "name": context.experience.name if context.experience else None,
+            },
+            "progress": progress.state_dict() if progress else None,
+            "parts": {f"{i}:{part.name}": part.state_dict() for i, part in enumerate(context.parts)},
+            "weights": self.model.saved_tensors(),
+            "optimizer": optimizer_state(optimizer, context.parameters()) if optimizer else None,
+            "randomness": self.randomness.state_dict(),
+            "monitor": self.monitor.state_dict() if self.monitor else None,
+            "tests": {str(i): table_state(table) for i, table in self._tests().items()} if with_tests else {},
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        with self.randomness.framework():
+            self._build(None, state)
+            model, context = self.model, self.context
+            if state["base_model_sha256"] != model.base_sha256:
+                raise ModelError(
+                    f"the base model has SHA-256 {str(model.base_sha256)[:12]}…, the state was made on "
+                    f"{str(state['base_model_sha256'])[:12]}…: give the same base model."
+                )
+            for index, part in enumerate(context.parts):
+                part.load_state_dict(state["parts"][f"{index}:{part.name}"])
+            model.load_saved(state["weights"])
+            model.to(self.device)
+            context.set_owner(state["owner"])
+            position = state["position"]
+            context.experience_index, context.step = position["index"], position["step"]
+            context.steps, context.epoch = position["steps"], position["epoch"]
+            context._parameters = None
+            if state["optimizer"] is not None:
+                context.optimizer = make_optimizer(self.strategy.training, context.parameters())
+                load_optimizer_state(context.optimizer, context.parameters(), state["optimizer"])
+            self.class_names = tuple(state["class_names"])
+            self.stream_name, self.stream_fingerprint = state["stream"]["name"], state["stream"]["fingerprint"]
+            self.updates, self.experience_names = state["updates"], list(state["experience_names"])
+            self.cost, self.notes, self.started = dict(state["cost"]), list(state["notes"]), state["started"]
+            if self.monitor is not None and state["monitor"] is not None:
+                self.monitor.load_state_dict(state["monitor"])
+            for index, table in state["tests"].items():
+                self._keep_test(int(index), self.experience_names[int(index)], table_from_state(table))
+            if state["progress"] is not None:
+                self._pending = Progress(**state["progress"])
+            self.randomness.load_state_dict(state["randomness"])
+
+    def _checkpoint(self, progress: Progress | None) -> None:
+        assert self.folder is not None
+        if self.accelerator.is_main_process:
+            save_state(self.folder, self._state(with_tests=self.stream_name is None, progress=progress))
+        self.accelerator.wait_for_everyone()
