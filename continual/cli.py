@@ -213,7 +213,12 @@ def _settings(given: list[str] | None) -> dict[str, Any]:
         key, mark, value = entry.partition("=")
         if not mark or not key:
             raise SpecError(f"--set '{entry}' has no value: write it as key=value, such as training.lr=0.01.")
-        found[key] = yaml.safe_load(value)
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SpecError(
+                f"--set '{entry}' is not valid YAML after the '=': write it as training.lr=0.01."
+            ) from error
     return found
 
 

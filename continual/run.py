@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from continual.errors import ContinualError, StateError
 from continual.learner import Learner, Update
@@ -132,12 +133,22 @@ def _write(out: Path, learner: Learner, result: dict[str, Any]) -> None:
     if learner.monitor is not None:
         scores = learner.monitor.tensors()
         if scores:
-            save_file(
-                {name: tensor.contiguous().clone() for name, tensor in scores.items()}, out / "scores.safetensors"
-            )
+            _write_scores(out, scores)
     if any(part.slot == "adapter" for part in learner.parts):
         learner.export(out / "adapter")
     write_text(out / "result.json", json.dumps(result, indent=1, allow_nan=False))
+
+
+def _write_scores(out: Path, scores: dict[str, Tensor]) -> None:
+    temporary = out / ".scores.tmp"
+    try:
+        save_file({name: tensor.contiguous().clone() for name, tensor in scores.items()}, temporary)
+        temporary.replace(out / "scores.safetensors")
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise StateError(
+            f"the scores could not be written to '{out}' ({error}): free some space and resume the run."
+        ) from error
 
 
 class _alone:
@@ -158,6 +169,8 @@ class _alone:
             raise StateError(
                 f"'{self._out}' is being written by another run: wait for it, or name another out folder."
             ) from error
+        except OSError as error:
+            raise StateError(f"the out folder '{self._out}' cannot be written ({error}): name another one.") from error
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()

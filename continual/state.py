@@ -116,13 +116,20 @@ def replace_folder(temporary: Path, folder: Path) -> None:
         os.rename(folder, aside)
     os.rename(temporary, folder)
     _flush(folder.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    for pattern in (f".{folder.name}.*.old", f".{folder.name}.*.tmp"):
+        for left in folder.parent.glob(pattern):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def recover_folder(folder: Path) -> None:
     """Put back what :func:`replace_folder` had moved aside when it was killed between its two renames."""
     if not folder.exists() and folder.parent.is_dir():
-        for aside in sorted(folder.parent.glob(f".{folder.name}.*.old")):
+        asides = folder.parent.glob(f".{folder.name}.*.old")
+        for aside in sorted(asides, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+            try:
+                check_seal(aside)
+            except StateError:
+                continue
             os.rename(aside, folder)
             return
 

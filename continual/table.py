@@ -125,9 +125,9 @@ class TensorTable(Table):
         return self._size
 
     def __getitem__(self, index_B: Tensor) -> Batch:
-        batch = {name: column.index_select(0, index_B) for name, column in self._dense}
+        batch = {name: column.index_select(0, index_B.to(column.device)) for name, column in self._dense}
         for name, column in self._ragged:
-            batch[name], mask_BT = column.take(index_B)
+            batch[name], mask_BT = column.take(index_B.cpu())
             if name == "input_ids":
                 batch["attention_mask"] = mask_BT
         return batch

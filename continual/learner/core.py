@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from torch import nn
 
-from continual.errors import ModelError, SpecError
+from continual.errors import ModelError, SpecError, unknown
 from continual.learner.optimizer import optimizer_state
 from continual.learner.trainer import Progress
 from continual.models.build import build_model
@@ -148,7 +149,7 @@ class Core:
             competition=competition,
             device=self.device,
             randomness=self.randomness,
-            autocast=self.accelerator.autocast if training.precision == "bf16" else nullcontext,
+            autocast=self._bf16 if training.precision == "bf16" else nullcontext,
             batch_size=training.batch_size,
         )
         if experience is not None and competition == "all":
@@ -162,9 +163,14 @@ class Core:
     def _mark_altered(self) -> None:
         self.model.mark_altered(self.context.parameters().values())
 
+    def _bf16(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16)
+
     def _accelerator(self) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=False)
         precision = "bf16" if self.strategy.training.precision == "bf16" else "no"
+        if self.track is not None and self.track not in trackers():
+            raise SpecError(f"{unknown('tracker', self.track, trackers())} Those are the ones installed here.")
         accelerator = Accelerator(
             cpu=self.device.type == "cpu",
             mixed_precision=precision,
@@ -196,6 +202,11 @@ class Core:
             self.monitor.register(index, name, table)
 
 
+def trackers() -> list[str]:
+    """Names of the trackers of ``accelerate`` whose package is installed."""
+    return sorted(tracker.value for tracker in get_available_trackers())
+
+
 def resolve_device(name: str) -> torch.device:
     """``auto`` takes a GPU where there is one.
 
@@ -208,6 +219,8 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise SpecError(f"unknown device '{name}': allowed are 'auto', 'cpu', 'cuda', 'cuda:0' and so on.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise SpecError(f"unknown device '{name}': allowed are 'auto', 'cpu', 'cuda', 'cuda:0' and so on.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SpecError(
             f"the device '{name}' was asked for and this machine has {torch.cuda.device_count()} CUDA devices: take 'cpu' or "

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from continual.errors import ModelError, StateError
+from continual.errors import CompositionError, ModelError, StateError
 from continual.learner.checkpoint import check_same
 from continual.learner.optimizer import make_optimizer
 from continual.learner.result import result_of
@@ -137,6 +137,8 @@ class Learner(Saving):
             return {"labels": logits_NK}
         owner = torch.tensor(context.owner)
         competes = owner == experience if experience is not None else owner >= 0
+        if not bool(competes.any()):
+            raise ModelError(f"experience {experience} has no classes here: name one from 0 to {self.updates - 1}.")
         scores_NK = logits_NK.masked_fill(~competes, -torch.inf).softmax(-1)
         labels_N = scores_NK.argmax(-1)
         return {"labels": labels_N, "names": [self.class_names[i] for i in labels_N.tolist()], "scores": scores_NK}
@@ -144,6 +146,10 @@ class Learner(Saving):
     # One update
 
     def _update(self, experience: Experience, stream: Stream | None = None) -> Update:
+        if stream is None and self.strategy.data == "joint":
+            raise CompositionError(
+                "data: joint trains once on a whole stream: call run(stream), or take 'cumulative' to update step by step."
+            )
         with self.randomness.framework():
             if self._model is None:
                 self._build(experience)

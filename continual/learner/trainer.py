@@ -86,6 +86,11 @@ class Trainer:
         if progress.done:
             return progress
         assert optimizer is not None
+        if training.early_stopping is not None and (experience.valid is None or len(experience.valid) == 0):
+            raise TrainingError(
+                f"training.early_stopping needs rows to select on, and experience '{experience.name}' has no valid rows: "
+                "give it some, or leave early_stopping out (it never looks at test rows)."
+            )
         table = place(experience.train, context.device)
         generator = context.randomness.generator("order")
         context.step, context.epoch = progress.step, progress.epoch
@@ -118,8 +123,7 @@ class Trainer:
                         break
                     if self.save_every and progress.step % self.save_every == 0 and self.checkpoint:
                         self._look()
-                        if progress.batch < len(groups):
-                            self.checkpoint(progress)
+                        self.checkpoint(progress)
                 progress.epoch += 1
                 progress.batch = 0
                 context.epoch = progress.epoch
@@ -177,18 +181,19 @@ class Trainer:
     def _look(self) -> None:
         if self._bad is not None and bool(self._bad):
             for step, terms, batch in self._recent:
-                if not all(bool(torch.isfinite(term)) for _, term in terms):
+                if not bool(torch.isfinite(torch.stack([term for _, term in terms]).sum())):
                     raise not_finite(step, terms, batch)
         self._recent.clear()
+        for name, parameter in self.context.parameters().items():
+            if not bool(torch.isfinite(parameter).all()):
+                raise TrainingError(
+                    f"the weights '{name}' are not finite after step {self.context.step}, though every loss was: the last "
+                    "checkpoint is kept; lower training.lr or a penalty's strength, or set training.clip."
+                )
 
     def _early_stopping(self, experience: Experience, progress: Progress) -> None:
         context, rule = self.context, self.training.early_stopping
-        assert rule is not None
-        if experience.valid is None or len(experience.valid) == 0:
-            raise TrainingError(
-                f"training.early_stopping needs rows to select on, and experience '{experience.name}' has no valid rows: "
-                "give it some, or leave early_stopping out (it never looks at test rows)."
-            )
+        assert rule is not None and experience.valid is not None
         with evaluating(context.model):
             scores = score_tables(
                 [experience.valid], context.forward, context.active_at_test, context.objective, context.device

@@ -223,7 +223,7 @@ def test_library_streams_of_every_machine() -> None:
     assert [e.classes for e in Stream.load("split-digits", scenario="domain")] == [(0, 1)] * 5
     texts = Stream.load("docstrings")
     assert len(texts) == 4 and check_stream(texts) == [] and texts.model == "sentence-transformers/all-MiniLM-L6-v2"
-    assert all(len(e.train) == 96 and e.test is not None and len(e.test) == 80 for e in texts)
+    assert all(len(e.train) == 80 and e.test is not None and len(e.test) == 60 for e in texts)
 
 
 @pytest.mark.parametrize("name", ["clinc150", "split-mnist", "permuted-mnist"])
