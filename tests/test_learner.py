@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,8 +84,6 @@ def test_accumulation_equals_one_large_batch() -> None:
         training = {"optimizer": "sgd", "lr": 0.1, "epochs": 3, "batch_size": batch_size, "accumulate": accumulate}
         even = stream[0].train.select(torch.arange(rows // 2 * 2))
         learner = learner_for(Strategy(training=training))
-        from dataclasses import replace
-
         learner.update(replace(stream[0], train=even))
         models.append(weights(learner))
     for name in models[0]:
@@ -135,8 +135,6 @@ def test_rates() -> None:
 
 
 def test_early_stopping_takes_the_best_weights_and_needs_valid_rows() -> None:
-    from dataclasses import replace
-
     training = {"optimizer": "sgd", "lr": 0.1, "epochs": 40, "batch_size": 16, "early_stopping": {"patience": 1}}
     experience = tiny_stream(experiences=1)[0]
     learner = learner_for(Strategy(training=training))
@@ -203,3 +201,50 @@ def test_an_adapter_is_exported_by_the_run(tmp_path: Path) -> None:
         plain = learner_for("naive")
         plain.run(tiny_stream(experiences=1))
         plain.export(tmp_path / "none")
+
+
+def test_a_checkpoint_due_at_the_end_of_an_epoch_is_written(tmp_path: Path) -> None:
+    experience = tiny_stream(experiences=1)[0]
+    even = experience.train.select(torch.arange(64))
+    learner = learner_for(
+        Strategy(training={"optimizer": "sgd", "lr": 0.05, "epochs": 3, "batch_size": 32}),
+        folder=tmp_path / "checkpoint",
+        save_every=2,
+    )
+    saved: list[int] = []
+    write = learner._checkpoint
+
+    def counting(progress: Any) -> None:
+        write(progress)
+        saved.append(progress.step if progress else -1)
+
+    learner._checkpoint = counting  # type: ignore[method-assign]
+    learner.update(replace(experience, train=even))
+    assert saved == [2, 4, 6, -1]
+
+
+def test_joint_is_refused_update_by_update() -> None:
+    with pytest.raises(CompositionError, match=r"call run\(stream\)"):
+        learner_for("joint").update(tiny_stream()[0])
+
+
+def test_an_unknown_tracker_and_device_are_refused() -> None:
+    with pytest.raises(SpecError, match=r"unknown tracker 'tensorbord'.*Did you mean 'tensorboard'"):
+        learner_for("naive", track="tensorbord")
+    with pytest.raises(SpecError, match="unknown device 'meta'"):
+        learner_for("naive", device="meta")
+
+
+def test_a_tracker_writes(tmp_path: Path) -> None:
+    learner = learner_for("naive", folder=tmp_path / "checkpoint", track="tensorboard")
+    learner.run(tiny_stream(experiences=2))
+    assert list((tmp_path / "tracking").rglob("events.*"))
+
+
+def test_recovery_takes_the_whole_state_and_leaves_no_debris(tmp_path: Path) -> None:
+    save_state(tmp_path / "state", {"a": torch.ones(3)})
+    (tmp_path / "state").rename(tmp_path / ".state.ffffffff.old")
+    (tmp_path / ".state.00000000.old").mkdir()
+    assert torch.equal(load_state(tmp_path / "state")["a"], torch.ones(3))
+    save_state(tmp_path / "state", {"a": torch.zeros(3)})
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
