@@ -125,7 +125,9 @@ class TensorTable(Table):
         return self._size
 
     def __getitem__(self, index_B: Tensor) -> Batch:
-        batch = {name: column.index_select(0, index_B.to(column.device)) for name, column in self._dense}
+        batch = {}
+        for name, dense in self._dense:
+            batch[name] = dense.index_select(0, index_B if index_B.device == dense.device else index_B.to(dense.device))
         for name, column in self._ragged:
             batch[name], mask_BT = column.take(index_B.cpu())
             if name == "input_ids":
@@ -352,7 +354,7 @@ def concat_batches(batches: Sequence[Batch]) -> Batch:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on ``device``; nothing is copied where it is there already."""
-    return {name: column.to(device, non_blocking=True) for name, column in batch.items()}
+    return {n: c if c.device == device else c.to(device, non_blocking=True) for n, c in batch.items()}
 
 
 def _holds_text(feature: Any) -> bool:

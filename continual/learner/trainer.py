@@ -153,7 +153,11 @@ class Trainer:
             loss = terms[0][1] if len(terms) == 1 else torch.stack([term for _, term in terms]).sum()
             self._watch(optimizer, loss, terms, batch)
             scale = scale / len(groups)
-            self.accelerator.backward(loss if scale == 1 else loss * scale)
+            loss = loss if scale == 1 else loss * scale
+            if self.accelerator.num_processes == 1:
+                loss.backward()  # type: ignore[no-untyped-call]
+            else:
+                self.accelerator.backward(loss)
             context.keep(full, output if batch is full else self._gathered(output, len(full["labels"])))
             progress.rows += len(full["labels"])
         context.edit_gradients()
