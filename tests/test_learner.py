@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from continual import Learner, Strategy, TrainingContext
 from continual.errors import CompositionError, ModelError, SpecError, StateError, TrainingError
+from continual.learner.checkpoint import table_from_state, table_state
 from continual.learner.optimizer import make_optimizer, rate_factor
 from continual.models.build import build_model
 from continual.parts.head.linear import LinearHead
@@ -22,6 +23,7 @@ from continual.parts.replay.rehearsal import Rehearsal
 from continual.randomness import Randomness
 from continual.state import load_state, save_state
 from continual.strategy import Training
+from continual.table import Ragged, TensorTable
 
 
 def points(seed: int, rows: int = 60) -> TensorDataset:
@@ -248,3 +250,17 @@ def test_recovery_takes_the_whole_state_and_leaves_no_debris(tmp_path: Path) -> 
     assert torch.equal(load_state(tmp_path / "state")["a"], torch.ones(3))
     save_state(tmp_path / "state", {"a": torch.zeros(3)})
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+@pytest.mark.parametrize("labels", [[[7], [8, 9, 10]], [[-100, 2, 3], [4]], [[7, 8, 9, 9], [5]]], ids=str)
+def test_a_table_of_tokens_comes_back_as_it_was(labels: list[list[int]]) -> None:
+    columns = {
+        "input_ids": Ragged.from_lists([[1, 2, 3], [4]], 0),
+        "labels": Ragged.from_lists(labels, -100),
+        "row": torch.arange(2),
+    }
+    table, everything = TensorTable(columns), torch.arange(2)
+    again = table_from_state(table_state(table))
+    assert again[everything].keys() == table[everything].keys()
+    for name, column in table[everything].items():
+        assert torch.equal(again[everything][name], column), name

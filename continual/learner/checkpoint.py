@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from continual.errors import StateError
-from continual.table import Ragged, Table, TensorTable
+from continual.table import IGNORED, Ragged, Table, TensorTable
 
 FORMAT = 1
 
@@ -19,15 +19,12 @@ def table_state(table: Table) -> dict[str, Any]:
     mask = everything.pop("attention_mask", None)
     state: dict[str, Any] = {"dense": {}, "ragged": {}}
     for name, column in everything.items():
-        if mask is not None and column.shape == mask.shape and name in ("input_ids", "labels"):
-            kept = mask.bool()
-            state["ragged"][name] = {
-                "values": column[kept].to(torch.int32),
-                "lengths": mask.sum(1),
-                "pad": _pad(column, mask),
-            }
-        else:
+        if mask is None or name not in ("input_ids", "labels") or column.dim() != 2:
             state["dense"][name] = column
+            continue
+        kept = mask.bool() if name == "input_ids" else _counted(column, mask)
+        pad = IGNORED if name == "labels" else _pad(column, mask)
+        state["ragged"][name] = {"values": column[kept].to(torch.int32), "lengths": kept.sum(1), "pad": pad}
     return state
 
 
@@ -47,6 +44,15 @@ def check_same(what: str, saved: object, given: object) -> None:
             f"the saved state belongs to another {what} (saved {_short(saved)}, given {_short(given)}): resume it with "
             f"the {what} it was made with, or name another out folder."
         )
+
+
+def _counted(labels_BT: Tensor, mask: Tensor) -> Tensor:
+    """Which places belong to each row of labels: those of its tokens, or up to its last label where it has its own length."""
+    if labels_BT.shape == mask.shape and bool((labels_BT[~mask.bool()] == IGNORED).all()):
+        return mask.bool()
+    place_T = torch.arange(labels_BT.shape[1])
+    last_B = torch.where(labels_BT != IGNORED, place_T, -1).max(1).values
+    return place_T <= last_B[:, None]
 
 
 def _pad(column: Tensor, mask: Tensor) -> int:
