@@ -45,7 +45,6 @@ class TrainingContext:
         optimizer: told of parameters that come, go and grow; None while there is none.
         competition: which classes compete in training.
         autocast: makes the context manager around each forward pass.
-        forward_with: called in place of ``model`` in training steps, such as a wrapper for several devices.
     """
 
     def __init__(
