@@ -85,6 +85,8 @@ def run_cell(
             if not (out / "checkpoint").exists():
                 (out / "run.json").unlink()
             raise
+        finally:
+            learner.close()
         _write(out, learner, run.result)
     return run.result
 
