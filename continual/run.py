@@ -124,8 +124,7 @@ def _learner(out: Path, base: Any, strategy: Strategy, seed: int, resume: bool, 
     checkpoint = out / "checkpoint"
     recover_folder(checkpoint)
     if resume and checkpoint.exists():
-        given = base if isinstance(base, nn.Module) else None
-        return Learner.load(checkpoint, model=given, strategy=strategy, folder=checkpoint, **options)
+        return Learner.load(checkpoint, model=base, strategy=strategy, folder=checkpoint, **options)
     return Learner(base, strategy, seed=seed, folder=checkpoint, **options)
 
 

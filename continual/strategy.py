@@ -189,6 +189,10 @@ class Strategy:
                     f"{part.name} needs a model that gives features, and this one gives logits itself: take 'mlp' or a "
                     f"pretrained model, or leave {part.slot} out."
                 )
+        if self.training.head_lr is not None and not gives_features:
+            raise CompositionError(
+                "training.head_lr is the rate of a head of ours, and this model gives logits itself: leave it out."
+            )
         if self.backbone == "frozen" and not gives_features:
             raise CompositionError(
                 "backbone: frozen leaves nothing to train in a model that gives logits itself: take a model with a head."

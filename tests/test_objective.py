@@ -90,7 +90,7 @@ def token_reference(logits: Tensor, labels: Tensor, shift: int) -> tuple[float, 
         at = logits[place - shift]
         losses.append(float(at.logsumexp(0) - at[target]))
         right &= int(at.argmax()) == target
-    return (sum(losses) / len(losses) if losses else 0.0), right
+    return (sum(losses) / len(losses), right) if losses else (0.0, False)
 
 
 @pytest.mark.parametrize(("objective", "shift"), [("causal-lm", 1), ("seq2seq", 0)])

@@ -121,12 +121,21 @@ class TrainingContext:
         return loss_rows(self.objective, output.logits, batch, self.active(batch))
 
     def batches(
-        self, table: Table, *, limit: int | None = None, generator: torch.Generator | None = None
+        self,
+        table: Table,
+        *,
+        limit: int | None = None,
+        generator: torch.Generator | None = None,
+        gradients: bool = False,
     ) -> Iterator[Batch]:
-        """The rows of a table on the device, once each, similar lengths together; ``limit`` draws so many of them."""
+        """The rows of a table on the device, once each, similar lengths together; ``limit`` draws so many of them.
+
+        Passes with ``gradients`` have as many rows as those of the training, others eight times as many, 256 at most.
+        """
         if limit is not None and limit < len(table):
             table = table.select(torch.randperm(len(table), generator=generator)[:limit].sort().values)
-        for index_B in evaluation_batches(table.lengths, len(table), max(self.batch_size, 128)):
+        size = self.batch_size if gradients else max(self.batch_size, min(8 * self.batch_size, 256))
+        for index_B in evaluation_batches(table.lengths, len(table), size):
             yield to_device(table[index_B], self.device)
 
     def replace_parameter(self, old: nn.Parameter, new: nn.Parameter) -> None:
@@ -251,18 +260,25 @@ class TrainingContext:
         self._owner_K = torch.tensor(self.owner, dtype=torch.int64, device=self.device)
         self._all_seen = all(index >= 0 for index in self.owner)
 
-    def _meet(self, experience: Experience) -> None:
-        if self.objective != "classification":
-            return
-        outputs = self._outputs(experience)
-        if outputs is None:
-            return
+    def check_outputs(self, experience: Experience) -> int | None:
+        """How many classes the model tells apart now; None where it has no classes or no head yet.
+
+        Raises:
+            ModelError: fewer than the experience needs.
+        """
+        outputs = self._outputs(experience) if self.objective == "classification" else None
         largest = max(experience.classes, default=-1)
-        if largest >= outputs:
+        if outputs is not None and largest >= outputs:
             raise ModelError(
                 f"the model has {outputs} outputs and experience '{experience.name}' brings class number {largest}: give "
                 "the model at least as many outputs as the stream has classes, or take one with a head that grows."
             )
+        return outputs
+
+    def _meet(self, experience: Experience) -> None:
+        outputs = self.check_outputs(experience)
+        if outputs is None:
+            return
         owner = [*self.owner, *[-1] * (outputs - len(self.owner))]
         for label in experience.classes:
             owner[label] = experience.index

@@ -85,11 +85,17 @@ class Context(Protocol):
         """The objective's loss of each row, (B,), over the classes that compete in training."""
 
     def batches(
-        self, table: Table, *, limit: int | None = None, generator: torch.Generator | None = None
+        self,
+        table: Table,
+        *,
+        limit: int | None = None,
+        generator: torch.Generator | None = None,
+        gradients: bool = False,
     ) -> Iterator[Batch]:
         """The rows of a table on the device, once each: similar lengths together, the order the same every time.
 
-        With ``limit``, at most so many rows, drawn without replacement by ``generator``.
+        With ``limit``, at most so many rows, drawn without replacement by ``generator``. Say ``gradients`` where a
+        backward pass follows, so that a batch holds no more rows than one of the training.
         """
 
     def replace_parameter(self, old: nn.Parameter, new: nn.Parameter) -> None:

@@ -131,7 +131,9 @@ class EWC(Part):
         if self._space is None:
             self._space = _space(self.settings.space, context.model)
         randomness = context.randomness
-        batches = context.batches(experience.train, limit=self.settings.rows, generator=randomness.generator("fisher"))
+        batches = context.batches(
+            experience.train, limit=self.settings.rows, generator=randomness.generator("fisher"), gradients=True
+        )
         fisher = diagonal_fisher(
             context,
             batches,
