@@ -190,7 +190,7 @@ def main() -> NoReturn:
     """Console script: the user's mistakes are one sentence on standard error and status 1."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        app(prog_name="continual")
     except ContinualError as error:
         print(f"continual: {error}", file=sys.stderr)
         sys.exit(1)
