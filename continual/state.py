@@ -15,6 +15,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,19 +143,30 @@ def _asides(folder: Path, *endings: str) -> list[Path]:
     return [path for path in folder.parent.iterdir() if form.fullmatch(path.name)]
 
 
+def sweep(folder: Path) -> None:
+    """Remove what a process that was killed had begun to write into ``folder``; call it as the only writer there."""
+    for left in folder.glob(".*.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old text or the new one."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         _flush(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise StateError(
-            f"'{path}' could not be written ({error}): free some space or name another folder, then run it again."
+            f"'{path}' could not be written ({error.strerror or error}): free some space or name another place, then run "
+            "it again."
         ) from error
 
 

@@ -145,7 +145,8 @@ class Strategy:
             where = f"strategy '{name}'"
         else:
             path = find_spec("strategies", what)
-            content, name, where = read_yaml(path), path.stem, str(path)
+            content, name = read_yaml(path), path.stem
+            where = str(path) if Path(what).suffix else f"strategy '{name}'"
         for key, value in (overrides or {}).items():
             _set(content, key, value, where)
         return cls._from_content(content, name, where)
