@@ -15,7 +15,10 @@ PARTS: dict[Slot, dict[str, str]] = {
         "linear": "continual.parts.head.linear:LinearHead",
         "nearest-mean": "continual.parts.head.nearest_mean:NearestMeanHead",
     },
-    "replay": {"rehearsal": "continual.parts.replay.rehearsal:Rehearsal"},
+    "replay": {
+        "rehearsal": "continual.parts.replay.rehearsal:Rehearsal",
+        "gdumb": "continual.parts.replay.gdumb:GDumb",
+    },
     "penalty": {"ewc": "continual.parts.penalty.ewc:EWC"},
     "distillation": {},
     "projection": {},
