@@ -17,6 +17,8 @@ PARTS: dict[Slot, dict[str, str]] = {
     },
     "replay": {
         "rehearsal": "continual.parts.replay.rehearsal:Rehearsal",
+        "dark": "continual.parts.replay.dark:Dark",
+        "mir": "continual.parts.replay.mir:MIR",
         "gdumb": "continual.parts.replay.gdumb:GDumb",
     },
     "penalty": {"ewc": "continual.parts.penalty.ewc:EWC"},

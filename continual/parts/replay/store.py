@@ -149,6 +149,19 @@ class Store:
             keys_N = herding_keys(context, table, rows_N, groups_N, most, self.owner)
         self._offer(rows_N, groups_N, keys_N, read)
 
+    def rewrite(self, batch: Batch) -> None:
+        """Write those rows of ``batch`` that are held over what is held of them."""
+        if self.memory.elastic:
+            self.memory.fit(batch, self.selection.trim)
+        rows_B = batch["row"].to("cpu", torch.int64)
+        held_N, place_N = self.memory.rows().sort()
+        if not len(held_N):
+            return
+        found_B = torch.searchsorted(held_N, rows_B).clamp(max=len(held_N) - 1)
+        index_A = (held_N[found_B] == rows_B).nonzero().flatten()
+        rows = {name: column.index_select(0, index_A.to(column.device)) for name, column in batch.items()}
+        self.memory.put(place_N[found_B[index_A]], rows)
+
     def rows(self) -> Tensor:
         """Ids of the rows held, int64 CPU (N,)."""
         return self.memory.rows()
