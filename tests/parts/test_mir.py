@@ -28,7 +28,8 @@ def interference(loop: TrainingContext, batch: Batch, candidates: Batch, rates: 
     found = []
     for place in range(len(candidates["labels"])):
         row = {name: column[place : place + 1] for name, column in candidates.items()}
-        found.append(float(loop.loss_rows(moved(row), row) - loop.loss_rows(loop.model(row), row)))
+        with torch.no_grad():
+            found.append(float(loop.loss_rows(moved(row), row) - loop.loss_rows(loop.model(row), row)))
     return found
 
 
