@@ -15,11 +15,11 @@ MODEL = {"kind": "mlp", "hidden": [16, 16]}
 STRATEGIES = library_names("strategies")
 SMALL: dict[str, Any] = {"training.batch_size": 8, "training.lr": 0.05}
 
-SMALL_REPLAY: dict[str, Any] = {"capacity": 20, "per_class": None}
+SMALL_REPLAY: dict[str, Any] = {"capacity": 20, "per_class": None, "hidden": [16], "latent": 4, "threshold": 0.0}
 
 
 def small(name: str) -> Strategy:
-    """The library's strategy with few epochs, small batches and a small memory."""
+    """The library's strategy with few epochs, small batches and a small memory or generator."""
     strategy = Strategy.load(name)
     overrides = dict(SMALL)
     overrides["training.epochs"] = 2

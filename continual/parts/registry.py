@@ -19,6 +19,7 @@ PARTS: dict[Slot, dict[str, str]] = {
         "rehearsal": "continual.parts.replay.rehearsal:Rehearsal",
         "dark": "continual.parts.replay.dark:Dark",
         "mir": "continual.parts.replay.mir:MIR",
+        "generative": "continual.parts.replay.generative:GenerativeReplay",
         "gdumb": "continual.parts.replay.gdumb:GDumb",
     },
     "penalty": {"ewc": "continual.parts.penalty.ewc:EWC"},

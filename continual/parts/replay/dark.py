@@ -13,9 +13,10 @@ experience too. Current rows and both draws share one forward pass.
 An output that did not exist when a row was stored is not compared: each row keeps as many logits as there were, and the
 average is over the logits compared. Nothing then keeps the outputs of later classes low on old rows in DER, which
 forgets as plain training does; so take ``training.active: all``, as the authors do: every output is there from the
-start. DER++ has its labels for that and works with a growing head as well. Departures: rows are kept by random keys (``select.py``), each once, offered in the
-first epoch of their experience; what later epochs do is ``logits``. Rows are drawn by a shuffled walk. Weights that rows
-bring count for current rows alone.
+start. DER++ has its labels for that and works with a growing head as well.
+
+Departures: rows are kept by random keys (``select.py``), each once, offered in the first epoch of their experience; what
+later epochs do is ``logits``. Rows are drawn by a shuffled walk. Weights that rows bring count for current rows alone.
 
 Letters: B rows of a batch, M rows replayed, W widest logits stored.
 """
