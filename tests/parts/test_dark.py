@@ -179,6 +179,21 @@ def test_a_capacity_in_bytes_holds_while_the_logits_get_wider() -> None:
     assert sizes == [900 // (4 * 6 + 8 + 8 + 8 * (index + 1) + 4 + 32) for index in range(4)]
 
 
+@pytest.mark.parametrize("storage", ["cpu", "memmap"])
+def test_storage_changes_no_batch_while_the_logits_get_wider(storage: str, tmp_path: Path) -> None:
+    runs = []
+    for where in ("device", storage):
+        folder = {"folder": str(tmp_path / "maps")} if where == "memmap" else {}
+        part = Dark(capacity=12, storage=where, **folder)
+        loop = looped(part)
+        for index in range(3):
+            train(loop, experience(index), epochs=2)
+        runs.append(recorded(loop))
+    for one, other in zip(*runs, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(column, other[name]) for name, column in one.items())
+    assert (tmp_path / "maps").is_dir() == (storage == "memmap")
+
+
 def test_cut_and_resumed_is_the_same(tmp_path: Path) -> None:
     runs = []
     for cut in (False, True):
