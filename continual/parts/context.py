@@ -17,7 +17,7 @@ In a loop of your own::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -148,6 +148,18 @@ class TrainingContext:
         state = self.optimizer.state.pop(old, None)
         if state is not None:
             self.optimizer.state[new] = {key: _grown(value, old, new) for key, value in state.items()}
+
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        """The optimiser forgets what it knew of these parameters."""
+        if self.optimizer is not None:
+            for parameter in parameters:
+                self.optimizer.state.pop(parameter, None)
+
+    def rates(self) -> dict[str, float]:
+        """Learning rate of the next step, by name of the parameter."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        rates = {id(parameter): float(group["lr"]) for group in groups for parameter in group["params"]}
+        return {name: rates[id(p)] for name, p in self.parameters().items() if id(p) in rates}
 
     # What a loop calls
 

@@ -10,7 +10,7 @@ optimiser → ``after_step``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -100,6 +100,12 @@ class Context(Protocol):
 
     def replace_parameter(self, old: nn.Parameter, new: nn.Parameter) -> None:
         """``new`` has taken the place of ``old`` and begins with its rows: the optimiser keeps what it knew of them."""
+
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        """These begin anew: the optimiser forgets what it knew of them."""
+
+    def rates(self) -> dict[str, float]:
+        """Learning rate of the next step for each parameter that trains, by name; empty where there is no optimiser."""
 
 
 class Part:
