@@ -24,7 +24,11 @@ PARTS: dict[Slot, dict[str, str]] = {
         "si": "continual.parts.penalty.si:SI",
     },
     "distillation": {},
-    "projection": {},
+    "projection": {
+        "agem": "continual.parts.projection.agem:AGEM",
+        "gem": "continual.parts.projection.gem:GEM",
+        "ogd": "continual.parts.projection.ogd:OGD",
+    },
     "recall": {},
 }
 
