@@ -23,7 +23,10 @@ PARTS: dict[Slot, dict[str, str]] = {
         "rwalk": "continual.parts.penalty.rwalk:RWalk",
         "si": "continual.parts.penalty.si:SI",
     },
-    "distillation": {},
+    "distillation": {
+        "feature-distillation": "continual.parts.distillation.features:FeatureDistillation",
+        "lwf": "continual.parts.distillation.lwf:LwF",
+    },
     "projection": {
         "agem": "continual.parts.projection.agem:AGEM",
         "gem": "continual.parts.projection.gem:GEM",

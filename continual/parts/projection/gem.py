@@ -33,7 +33,7 @@ from continual.streams.experience import Experience
 
 Vector = NDArray[np.float64]
 
-_FLAT = 1e-9
+_FLAT = 1e-7
 """Directions of G G^T below this share of its largest eigenvalue are rounding."""
 
 

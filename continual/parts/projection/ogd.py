@@ -221,4 +221,5 @@ def _directions(new_nP: Tensor, basis_NP: Tensor, most: int | None) -> Tensor:
     _, sizes, directions_NP = torch.linalg.svd(new_nP, full_matrices=False)
     directions_NP = directions_NP[(sizes > _NEW * largest) & (sizes > 0)][:most]
     directions_NP = directions_NP - directions_NP @ basis_NP.T @ basis_NP
-    return directions_NP / torch.linalg.vector_norm(directions_NP, dim=1, keepdim=True)
+    unit_NP: Tensor = directions_NP / torch.linalg.vector_norm(directions_NP, dim=1, keepdim=True)
+    return unit_NP
