@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from loop_bench import KINDS, close, differ, experience, growing_model, looped, make, train, values
+from battery import figures, learner_for, run_with_cuts, same_weights, tiny_stream
+from loop_bench import KINDS, close, differ, experience, looped, make, train, values
 
 from continual import Learner, Strategy
-from continual.parts.penalty.springs import Springs
 from continual.table import TensorTable
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from battery import MODEL, figures, learner_for, run_with_cuts, same_weights, tiny_stream
 
 CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("si", {}, {"strength": 3.0}),
@@ -84,16 +80,12 @@ def test_two_halves_of_a_batch_are_the_batch(kind: str) -> None:
     for size, accumulate in ((8, 1), (4, 2)):
         training = {"optimizer": "sgd", "lr": 0.1, "batch_size": size, "accumulate": accumulate, "epochs": 2}
         strategy = Strategy(make(kind), training=training)
-        learner = Learner(growing_model_spec(), strategy, seed=1, device="cpu", progress=False, monitor=False)
+        model = {"kind": "mlp", "hidden": [6, 5], "activation": "tanh"}
+        learner = Learner(model, strategy, seed=1, device="cpu", progress=False, monitor=False)
         for table in tables:
             learner.update(table)
         found.append(values(learner.model))
     close(found[1], found[0], rtol=1e-3, atol=1e-5)
-
-
-def growing_model_spec() -> dict[str, Any]:
-    assert growing_model().gives_features
-    return {"kind": "mlp", "hidden": [6, 5], "activation": "tanh"}
 
 
 TOGETHER: dict[str, list[tuple[str, dict[str, Any]]]] = {
@@ -120,7 +112,6 @@ def test_together_with_rehearsal_cut_and_resumed(together: str, tmp_path: Path) 
     cut = run_with_cuts(strategy, tiny_stream(), tmp_path / "checkpoint", [2, 5])
     same_weights(whole, cut)
     assert figures(cut.run(tiny_stream()).result) == figures(uncut.result)
-    assert whole.model.spec["kind"] == MODEL["kind"]
 
 
 def test_bf16_runs_stay_finite() -> None:
@@ -129,7 +120,3 @@ def test_bf16_runs_stay_finite() -> None:
         learner = learner_for(Strategy(make(kind), training=training))
         learner.run(tiny_stream())
         assert all(torch.isfinite(p).all() for p in learner.model.parameters())
-
-
-def test_springs_are_empty_before_anything_is_learnt() -> None:
-    assert Springs().state_dict()["quadratic"]["curvature"] == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,9 @@ from torch.nn import functional as F
 from continual import Strategy
 from continual.errors import CompositionError, SpecError, TrainingError
 from continual.parts.context import TrainingContext
-from continual.parts.projection.agem import AGEM
-from continual.parts.projection.gem import GEM, dual
-from continual.parts.projection.ogd import OGD
+from continual.parts.projection.gem import dual
 from continual.state import load_state, save_state
-from continual.table import Batch
+from continual.table import Batch, TensorTable
 
 Values = dict[str, Tensor]
 TASKS = (experience(0), experience(1, classes=(1, 2)), experience(2, classes=(0, 3)))
@@ -165,10 +164,6 @@ def test_memory_passes_are_in_the_precision_of_the_run(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["agem", "gem"])
 def test_rows_weigh_what_they_say(kind: str) -> None:
-    from dataclasses import replace
-
-    from continual.table import TensorTable
-
     part = make(kind)
     loop = looped(part, model=plain_model(), competition="all")
     table = TASKS[0].train
@@ -447,7 +442,3 @@ def test_one_projection_only() -> None:
 def test_impossible_settings_are_refused(kind: str, given_settings: dict[str, Any]) -> None:
     with pytest.raises(SpecError, match=next(iter(given_settings))):
         make(kind, **given_settings)
-
-
-def test_kinds() -> None:
-    assert isinstance(make("agem"), AGEM) and isinstance(make("gem"), GEM) and isinstance(make("ogd"), OGD)

@@ -8,8 +8,8 @@ arXiv 1503.02531, keeps the gradient's size as T grows). Rows that replay adds a
 * ``task``: a softmax for each earlier experience over its own classes, averaged over experiences.
 * Language models: over the vocabulary at every counted token, the mean over a row's tokens first.
 
-``weighting: experiences`` is van de Ven et al. 2022: 1/t of the rest of the objective and 1 - 1/t of the distillation, at
-the t-th experience.
+``weighting: experiences`` is van de Ven et al. 2022: 1/t of the objective and 1 - 1/t of the distillation, at the t-th
+experience.
 
 Letters: B current rows, K classes, N counted tokens, V vocabulary.
 """
