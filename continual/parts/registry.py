@@ -22,9 +22,22 @@ PARTS: dict[Slot, dict[str, str]] = {
         "generative": "continual.parts.replay.generative:GenerativeReplay",
         "gdumb": "continual.parts.replay.gdumb:GDumb",
     },
-    "penalty": {"ewc": "continual.parts.penalty.ewc:EWC"},
-    "distillation": {},
-    "projection": {},
+    "penalty": {
+        "ewc": "continual.parts.penalty.ewc:EWC",
+        "l2": "continual.parts.penalty.l2:L2",
+        "mas": "continual.parts.penalty.mas:MAS",
+        "rwalk": "continual.parts.penalty.rwalk:RWalk",
+        "si": "continual.parts.penalty.si:SI",
+    },
+    "distillation": {
+        "feature-distillation": "continual.parts.distillation.features:FeatureDistillation",
+        "lwf": "continual.parts.distillation.lwf:LwF",
+    },
+    "projection": {
+        "agem": "continual.parts.projection.agem:AGEM",
+        "gem": "continual.parts.projection.gem:GEM",
+        "ogd": "continual.parts.projection.ogd:OGD",
+    },
     "recall": {},
 }
 
