@@ -23,6 +23,7 @@ from continual import Strategy
 from continual.errors import CompositionError, SpecError, TrainingError
 from continual.parts.context import TrainingContext
 from continual.parts.projection.gem import dual
+from continual.parts.projection.memory_gradient import memory_gradient
 from continual.state import load_state, save_state
 from continual.table import Batch, TensorTable
 
@@ -77,7 +78,7 @@ def learnt(part: Any, tasks: int = 1, **options: Any) -> TrainingContext:
 
 
 def held_by(part: Any, group: int | None = None) -> Batch:
-    episodes = part.episodes
+    episodes = part.store
     places = torch.arange(len(episodes))
     if group is not None:
         places = places[episodes.selection.groups_N == group]
@@ -172,7 +173,7 @@ def test_rows_weigh_what_they_say(kind: str) -> None:
     train(loop, replace(TASKS[0], train=TensorTable({**columns, "weight": weight})))
     held = held_by(part)
     counted = {name: column[held["weight"] > 0] for name, column in held.items()}
-    found = part.episodes.gradient(loop, torch.arange(12), list(loop.model.parameters()))
+    found = memory_gradient(loop, part.store.memory, torch.arange(12), list(loop.model.parameters()))
     torch.testing.assert_close(flat(found), gradient(loop.model, counted), rtol=1e-4, atol=1e-6)
 
 

@@ -4,7 +4,7 @@ Where the gradient g points against the gradient r of the memory's loss, it is p
 not: ``g - (g.r / (r.r + epsilon)) r`` where g.r < 0 (Chaudhry et al. 2019, arXiv 1812.00420, eq. 11; epsilon as in van de
 Ven et al. 2022). Every step takes other rows of the memory, walking through it in shuffled order.
 
-Departure: r is the gradient of the model in eval mode (:mod:`~continual.parts.projection.episodes`). What is projected is
+Departure: r is the gradient of the model in eval mode (:mod:`~continual.parts.projection.memory_gradient`). What is projected is
 the gradient of the whole loss with the pull of penalties, before clipping; with an optimiser that is not plain SGD the
 step itself may still point another way, there as in the paper.
 """
@@ -19,10 +19,13 @@ from torch import Tensor
 
 from continual.parts.part import Context, Part, Slot
 from continual.parts.penalty.springs import add_to_gradients
-from continual.parts.projection.episodes import Episodes
+from continual.parts.projection.memory_gradient import memory_gradient
 from continual.parts.replay.cycle import Cycle
+from continual.parts.replay.store import Store
 from continual.spec import Spec
 from continual.streams.experience import Experience
+
+INSTEAD = "take select: reservoir or experience-balanced"
 
 
 class AGEMSettings(Spec):
@@ -56,12 +59,12 @@ class AGEM(Part):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.episodes = Episodes(self.name, self.settings.capacity, self.settings.select)
+        self.store = Store(self.name, INSTEAD, capacity=self.settings.capacity, select=self.settings.select)
         self.cycle = Cycle()
 
     def attach(self, context: Context) -> None:
         super().attach(context)
-        self.episodes.attach(context)
+        self.store.attach(context)
 
     def begin(self, context: Context, experience: Experience) -> None:
         """Refuse what could only fail after the training.
@@ -69,17 +72,17 @@ class AGEM(Part):
         Raises:
             CompositionError: ``class-balanced`` where rows have no class.
         """
-        self.episodes.check(experience)
+        self.store.check(experience)
 
     def edit_gradients(self) -> None:
         """Project the gradients; no sync of the device."""
-        context, held = self.context, len(self.episodes)
+        context, held = self.context, len(self.store)
         if not held:
             return
         generator = context.randomness.generator("agem")
         index_B = self.cycle.draw(min(self.settings.rows, held), held, generator)
         parameters = list(context.parameters().values())
-        found = self.episodes.gradient(context, index_B, parameters)
+        found = memory_gradient(context, self.store.memory, index_B, parameters)
         pairs = [(p, r) for p, r in zip(parameters, found, strict=True) if r is not None]
         if not pairs:
             return
@@ -93,20 +96,20 @@ class AGEM(Part):
 
     def end(self, context: Context, experience: Experience) -> None:
         """Offer all training rows of the experience to the memory."""
-        self.episodes.offer(experience)
+        self.store.offer_table(context, experience)
 
     def rows(self) -> Tensor:
-        return self.episodes.rows()
+        return self.store.rows()
 
     def erase(self, rows: Tensor) -> int:
-        return self.episodes.erase(rows)
+        return self.store.erase(rows)
 
     def nbytes(self) -> int:
-        return self.episodes.nbytes() + self.cycle.nbytes()
+        return self.store.nbytes() + self.cycle.nbytes()
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.episodes.state_dict(), "cycle": self.cycle.state_dict()}
+        return {**self.store.state_dict(), "cycle": self.cycle.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.episodes.load_state_dict(state)
+        self.store.load_state_dict(state)
         self.cycle.load_state_dict(state["cycle"])

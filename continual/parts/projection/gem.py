@@ -9,7 +9,7 @@ nearest to g: ``g + G^T v`` with v from the dual
 program). It is solved as non-negative least squares by ``scipy.optimize.nnls``. Where no g_k.g is negative, g is left
 alone.
 
-Departure: each g_k is the gradient of the model in eval mode (:mod:`~continual.parts.projection.episodes`). The gradient
+Departure: each g_k is the gradient of the model in eval mode (:mod:`~continual.parts.projection.memory_gradient`). The gradient
 that is projected is that of the whole loss with the pull of penalties, before clipping.
 
 Letters: t experiences in memory, P parameters, N rows.
@@ -27,7 +27,8 @@ from torch import Tensor
 
 from continual.errors import TrainingError
 from continual.parts.part import Context, Part, Slot
-from continual.parts.projection.episodes import Episodes
+from continual.parts.projection.memory_gradient import memory_gradient
+from continual.parts.replay.store import Store
 from continual.spec import Spec
 from continual.streams.experience import Experience
 
@@ -64,11 +65,11 @@ class GEM(Part):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.episodes = Episodes(self.name, self.settings.capacity, "experience-balanced")
+        self.store = Store(self.name, "leave it out", capacity=self.settings.capacity, select="experience-balanced")
 
     def attach(self, context: Context) -> None:
         super().attach(context)
-        self.episodes.attach(context)
+        self.store.attach(context)
 
     def edit_gradients(self) -> None:
         """Project the gradients.
@@ -76,13 +77,13 @@ class GEM(Part):
         Raises:
             TrainingError: a gradient that is not finite.
         """
-        if not len(self.episodes):
+        if not len(self.store):
             return
-        context, groups_N = self.context, self.episodes.selection.groups_N
+        context, groups_N = self.context, self.store.selection.groups_N
         parameters = list(context.parameters().values())
         rows = []
         for group in torch.unique(groups_N).tolist():
-            found = self.episodes.gradient(context, (groups_N == group).nonzero().flatten(), parameters)
+            found = memory_gradient(context, self.store.memory, (groups_N == group).nonzero().flatten(), parameters)
             rows.append(
                 _flat([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)])
             )
@@ -108,22 +109,22 @@ class GEM(Part):
 
     def end(self, context: Context, experience: Experience) -> None:
         """Offer all training rows of the experience to the memory."""
-        self.episodes.offer(experience)
+        self.store.offer_table(context, experience)
 
     def rows(self) -> Tensor:
-        return self.episodes.rows()
+        return self.store.rows()
 
     def erase(self, rows: Tensor) -> int:
-        return self.episodes.erase(rows)
+        return self.store.erase(rows)
 
     def nbytes(self) -> int:
-        return self.episodes.nbytes()
+        return self.store.nbytes()
 
     def state_dict(self) -> dict[str, Any]:
-        return self.episodes.state_dict()
+        return self.store.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.episodes.load_state_dict(state)
+        self.store.load_state_dict(state)
 
 
 def dual(gram_tt: Vector, dot_t: Vector, margin: float) -> Vector:
