@@ -17,11 +17,13 @@ SMALL: dict[str, Any] = {"training.batch_size": 8, "training.lr": 0.05}
 
 
 def small(name: str) -> Strategy:
-    """The library's strategy with few epochs, small batches and a small memory."""
+    """The library's strategy with few epochs, small batches, a small memory and few random features."""
     strategy = Strategy.load(name)
     overrides = dict(SMALL)
     overrides["training.epochs"] = 2
-    if any(part.slot == "replay" for part in strategy.prototypes):
+    if any("dimension" in type(part.settings).model_fields for part in strategy.prototypes):
+        overrides["head.dimension"] = 60
+    if any(part.name == "replay/rehearsal" for part in strategy.prototypes):
         overrides["replay.capacity"] = 20
         overrides["replay.per_class"] = None
     if any(part.name == "adapter/adalora" for part in strategy.prototypes):

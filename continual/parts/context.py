@@ -207,11 +207,13 @@ class TrainingContext:
         self.step += 1
 
     def end(self) -> None:
-        """Call every part's ``end``."""
+        """Call every part's ``end``; tell the optimiser of parameters that no longer train."""
         assert self.experience is not None, "end() follows begin()"
         for part in overriding(self.parts, "end"):
+            self._parameters = None
             part(self, self.experience)
         self._parameters = None
+        self.sync_optimizer()
 
     def shuffled(self, table: Table, batch_size: int) -> Iterator[Batch]:
         """One epoch of a table in random order, on the device."""

@@ -14,8 +14,14 @@ PARTS: dict[Slot, dict[str, str]] = {
     "head": {
         "linear": "continual.parts.head.linear:LinearHead",
         "nearest-mean": "continual.parts.head.nearest_mean:NearestMeanHead",
+        "slda": "continual.parts.head.slda:SLDAHead",
+        "ridge": "continual.parts.head.ridge:RidgeHead",
+        "klda": "continual.parts.head.klda:KLDAHead",
     },
-    "replay": {"rehearsal": "continual.parts.replay.rehearsal:Rehearsal"},
+    "replay": {
+        "rehearsal": "continual.parts.replay.rehearsal:Rehearsal",
+        "gaussian": "continual.parts.replay.gaussian:GaussianReplay",
+    },
     "penalty": {"ewc": "continual.parts.penalty.ewc:EWC"},
     "distillation": {},
     "projection": {},
