@@ -74,25 +74,34 @@ def mask_logits(logits: Tensor, active: Tensor | None) -> Tensor:
 
 
 def active_classes(
-    competition: Competition, owner_K: Tensor, labels_B: Tensor, *, all_seen: bool, current: int = -1
+    competition: Competition,
+    owner_K: Tensor,
+    labels_B: Tensor,
+    *,
+    all_seen: bool,
+    current: int = -1,
+    new_rows: int | None = None,
 ) -> Tensor | None:
     """Which classes compete for each row: bool (K,), (B, K), or None for all.
 
     Args:
         competition: ``seen`` every class met so far, ``experience`` those of the experience that the row's class
-            belongs to, ``all`` every output there is, ``asymmetric`` those of the current experience for a row of it and
-            every class met so far for a row of an earlier one (Caccia et al. 2022, arXiv 2104.05025, eq. 3, where the
-            classes of the batch stand in place of those of the experience).
+            belongs to, ``all`` every output there is, ``asymmetric`` those of the current experience for a new row and
+            every class met so far for a replayed one (Caccia et al. 2022, arXiv 2104.05025, eq. 3, where the classes of
+            the batch stand in place of those of the experience).
         owner_K: int64 (K,), the experience that a class belongs to (the latest one), -1 for one not yet met.
         labels_B: int64 (B,), -100 and classes without an output allowed.
         all_seen: whether no entry of ``owner_K`` is -1, known without asking the device.
         current: the experience under way.
+        new_rows: how many rows at the head of the batch are new; None tells them by the experience of their class.
     """
     owner_B = (
         owner_K[labels_B.clamp(min=0, max=len(owner_K) - 1)] if competition in ("asymmetric", "experience") else owner_K
     )
     if competition == "asymmetric":
         new_B = owner_B == current
+        if new_rows is not None:
+            new_B = new_B & (torch.arange(len(labels_B), device=labels_B.device) < new_rows)
         return torch.where(new_B[:, None], owner_K == current, owner_K >= 0)
     if competition == "experience":
         return owner_K == owner_B[:, None]

@@ -237,6 +237,18 @@ class Strategy:
                 f"strategy '{self.name}': backbone: frozen forbids an adapter, which freezes the base by itself: "
                 "leave one of the two out."
             )
+        steady = self.backbone == "frozen" or any(part.settles for part in self.prototypes)
+        for part in self.prototypes:
+            if part.needs_steady_features and not steady:
+                raise CompositionError(
+                    f"strategy '{self.name}': {part.name} adds up features, which must not change once they are: set "
+                    "backbone: frozen, or take adapter/lora with across_tasks: first."
+                )
+            if part.needs_steady_features and self.data == "cumulative":
+                raise CompositionError(
+                    f"strategy '{self.name}': {part.name} adds up the rows of each experience once, and data: cumulative "
+                    "brings them again and again: take data: experience."
+                )
 
 
 def _set(content: dict[str, Any], key: str, value: Any, where: str) -> None:

@@ -19,10 +19,12 @@ SMALL_REPLAY: dict[str, Any] = {"capacity": 20, "per_class": None, "hidden": [16
 
 
 def small(name: str) -> Strategy:
-    """The library's strategy with few epochs, small batches and a small memory or generator."""
+    """The library's strategy with few epochs, small batches, a small memory or generator, and few random features."""
     strategy = Strategy.load(name)
     overrides = dict(SMALL)
     overrides["training.epochs"] = 2
+    if any("dimension" in type(part.settings).model_fields for part in strategy.prototypes):
+        overrides["head.dimension"] = 60
     for part in strategy.prototypes:
         if part.slot == "replay":
             known = type(part.settings).model_fields

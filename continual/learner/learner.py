@@ -19,6 +19,7 @@ from continual.learner.saving import Saving
 from continual.learner.trainer import Progress, Trainer
 from continual.learner.update import Run, Update
 from continual.monitor.evaluation import evaluating, score_tables
+from continual.parts.head.closed_form import Familiar
 from continual.streams.check import require_experience, require_stream
 from continual.streams.convert import as_experience, as_table
 from continual.streams.experience import Experience
@@ -125,6 +126,8 @@ class Learner(Saving):
     def predict(self, rows: Any, *, experience: int | None = None, batch_size: int | None = None) -> dict[str, Any]:
         """Predictions for rows: ``labels`` (class ids (N,), values (N, K)) and ``scores`` (probabilities (N, K)).
 
+        A head without gradients also says how ``familiar`` each row is, float32 (N,): higher is more like what was learnt.
+
         Args:
             rows: a list of texts, a tensor or array of inputs, or anything that :meth:`update` takes.
             experience: in the task scenario, whose classes compete.
@@ -138,11 +141,16 @@ class Learner(Saving):
         context = self.context
         table = self._encoded(_unlabelled(rows))
         batch_size = batch_size or self.evaluation_rows
-        found = []
+        found: list[torch.Tensor] = []
+        familiar: list[torch.Tensor] = []
+        head = self.model.head
         with self.randomness.framework(), evaluating(self.model):
             for start in range(0, len(table), batch_size):
                 index = torch.arange(start, min(start + batch_size, len(table)))
-                found.append(context.forward(to_device(table[index], self.device)).logits.float().cpu())
+                output = context.forward(to_device(table[index], self.device))
+                found.append(output.logits.float().cpu())
+                if isinstance(head, Familiar) and output.features is not None:
+                    familiar.append(head.familiarity(output.features).cpu())
         logits_NK = torch.cat(found) if found else torch.empty(0, len(context.owner))
         if self.objective == "regression":
             return {"labels": logits_NK}
@@ -152,7 +160,9 @@ class Learner(Saving):
             raise ModelError(f"experience {experience} has no classes here: name one from 0 to {self.updates - 1}.")
         scores_NK = logits_NK.masked_fill(~competes, -torch.inf).softmax(-1)
         labels_N = scores_NK.argmax(-1)
-        return {"labels": labels_N, "names": [self.class_names[i] for i in labels_N.tolist()], "scores": scores_NK}
+        names = [self.class_names[i] for i in labels_N.tolist()]
+        extra = {"familiar": torch.cat(familiar)} if familiar else {}
+        return {"labels": labels_N, "names": names, "scores": scores_NK, **extra}
 
     # One update
 

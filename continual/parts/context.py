@@ -73,7 +73,7 @@ class TrainingContext:
         self.owner: list[int] = []
         self.reserve_classes: int | None = None
         self._owner_K = torch.empty(0, dtype=torch.int64, device=self.device)
-        self._all_seen = False
+        self._all_seen = self._in_step = False
         self._parameters: dict[str, nn.Parameter] | None = None
         self._last: list[tuple[Batch, Output, int]] = []
         self._extend = overriding(self.parts, "extend")
@@ -107,6 +107,7 @@ class TrainingContext:
             batch["labels"],
             all_seen=self._all_seen,
             current=self.experience_index,
+            new_rows=self.current_rows if self._in_step else None,
         )
 
     def active_at_test(self, batch: Batch) -> Tensor | None:
@@ -186,15 +187,19 @@ class TrainingContext:
 
     def terms(self, batch: Batch, output: Output) -> list[tuple[str, Tensor]]:
         """The objective and each part's own term, by name; their sum is the loss."""
-        loss_B = self.loss_rows(output, batch)
-        weight_B = batch.get("weight")
-        mean = loss_B.mean() if weight_B is None else (weight_B * loss_B).sum() / weight_B.sum()
-        terms = [("objective", mean)]
-        for part, loss in self._loss:
-            term = loss(batch, output)
-            if term is not None:
-                terms.append((part.name, term))
-        return terms
+        self._in_step = True
+        try:
+            loss_B = self.loss_rows(output, batch)
+            weight_B = batch.get("weight")
+            mean = loss_B.mean() if weight_B is None else (weight_B * loss_B).sum() / weight_B.sum()
+            terms = [("objective", mean)]
+            for part, loss in self._loss:
+                term = loss(batch, output)
+                if term is not None:
+                    terms.append((part.name, term))
+            return terms
+        finally:
+            self._in_step = False
 
     def backward(self, batch: Batch) -> Tensor:
         """Extend, forward, loss, backward and ``edit_gradients`` of one batch; returns the loss.
@@ -234,11 +239,13 @@ class TrainingContext:
         self.step += 1
 
     def end(self) -> None:
-        """Call every part's ``end``."""
+        """Call every part's ``end``; tell the optimiser of parameters that no longer train."""
         assert self.experience is not None, "end() follows begin()"
         for part in overriding(self.parts, "end"):
+            self._parameters = None
             part(self, self.experience)
         self._parameters = None
+        self.sync_optimizer()
 
     def shuffled(self, table: Table, batch_size: int) -> Iterator[Batch]:
         """One epoch of a table in random order, on the device."""

@@ -116,6 +116,8 @@ class Part:
         Settings: the model of its settings, with a ``kind``.
         objectives: the objectives it works with.
         needs_head: it reads ``output.features`` or class scores of a head of ours.
+        needs_steady_features: it adds up features of each experience's rows once, so the backbone must be frozen, or
+            settle after the first experience.
         excludes: ``slot`` or ``slot/kind`` that it cannot be combined with → why, and what to use instead.
     """
 
@@ -123,6 +125,7 @@ class Part:
     Settings: ClassVar[type[Spec]]
     objectives: ClassVar[tuple[Objective, ...]] = ("classification", "regression", "causal-lm", "seq2seq")
     needs_head: ClassVar[bool] = False
+    needs_steady_features: ClassVar[bool] = False
     excludes: ClassVar[dict[str, str]] = {}
 
     context: Context
@@ -145,6 +148,11 @@ class Part:
         """The ``kind`` that finds this class again: its short name, or ``package.module:Class`` for one of the user's."""
         own = type(self).__module__.startswith("continual.")
         return self.kind if own else f"{type(self).__module__}:{type(self).__qualname__}"
+
+    @property
+    def settles(self) -> bool:
+        """Whether it trains the backbone in the first experience only, and holds it frozen from then on."""
+        return False
 
     def attach(self, context: Context) -> None:
         """Called once, before any other hook and again after loading; the part keeps ``context``."""

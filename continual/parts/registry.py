@@ -14,6 +14,9 @@ PARTS: dict[Slot, dict[str, str]] = {
     "head": {
         "linear": "continual.parts.head.linear:LinearHead",
         "nearest-mean": "continual.parts.head.nearest_mean:NearestMeanHead",
+        "slda": "continual.parts.head.slda:SLDAHead",
+        "ridge": "continual.parts.head.ridge:RidgeHead",
+        "klda": "continual.parts.head.klda:KLDAHead",
     },
     "replay": {
         "rehearsal": "continual.parts.replay.rehearsal:Rehearsal",
@@ -21,6 +24,7 @@ PARTS: dict[Slot, dict[str, str]] = {
         "mir": "continual.parts.replay.mir:MIR",
         "generative": "continual.parts.replay.generative:GenerativeReplay",
         "gdumb": "continual.parts.replay.gdumb:GDumb",
+        "gaussian": "continual.parts.replay.gaussian:GaussianReplay",
     },
     "penalty": {
         "ewc": "continual.parts.penalty.ewc:EWC",
