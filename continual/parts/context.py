@@ -299,8 +299,9 @@ class TrainingContext:
         if outputs is None:
             return
         owner = [*self.owner, *[-1] * (outputs - len(self.owner))]
-        for label in experience.classes:
-            owner[label] = experience.index
+        owners = experience.owners or (experience.index,) * len(experience.classes)
+        for label, index in zip(experience.classes, owners, strict=True):
+            owner[label] = index
         self.set_owner(owner)
 
     def _outputs(self, experience: Experience) -> int | None:
