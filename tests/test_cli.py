@@ -155,3 +155,34 @@ def test_check_prints_experiences_and_schemas(tmp_path: Path) -> None:
     strategy.write_text("summary: x\nreplay: {kind: rehersal}\n", encoding="utf-8")
     wrong = continual("check", str(strategy))
     assert wrong.returncode == 1 and "mine.yaml" in wrong.stderr and "'rehearsal'" in wrong.stderr
+
+
+def stream_file(folder: Path, rows: list[dict[str, object]], source: str = "path: rows.jsonl", more: str = "") -> Path:
+    """``mine.yaml``, a stream in one experience, and ``rows.jsonl`` beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path = folder / "mine.yaml"
+    path.write_text(
+        f"source: {{kind: files, {source}}}\nsplit: {{by: joint}}\nscenario: class\n{more}", encoding="utf-8"
+    )
+    return path
+
+
+def texts(count: int, classes: int, start: int = 0) -> list[dict[str, object]]:
+    return [{"text": f"text {n}", "label": f"c{n % classes}"} for n in range(start, start + count)]
+
+
+def test_the_folder_in_the_environment_comes_after_the_files_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = stream_file(tmp_path / "mine", texts(40, 3), "path: rows.jsonl, shares: {test: 0.3}")
+    stream_file(tmp_path / "data", texts(20, 2))
+    (tmp_path / "data" / "rows.jsonl").rename(tmp_path / "data" / "train.jsonl")
+    monkeypatch.setenv("CONTINUAL_DATA", str(tmp_path / "data"))
+    done = continual("check", str(mine))
+    assert done.returncode == 0 and "3 classes" in done.stdout, done.stderr
+    named = continual("check", str(mine), "--data", str(tmp_path / "data"))
+    assert named.returncode == 1 and "no training file was found for 'rows.jsonl'" in named.stderr
+    (tmp_path / "mine" / "rows.jsonl").rename(tmp_path / "data" / "rows.jsonl")
+    assert "3 classes" in continual("check", str(mine)).stdout
+    assert "3 classes" in continual("check", str(mine), "--data", str(tmp_path / "data" / "rows.jsonl")).stdout

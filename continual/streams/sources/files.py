@@ -46,7 +46,8 @@ class FilesSource(TabularSource):
 
     Attributes:
         path: a file with all rows, or a folder with ``train``, ``valid`` (or ``val``) and ``test`` files; where it
-            is not given, the folder or file named with ``--data``.
+            is not given, the folder or file named with ``--data``. A path with a suffix names one file, for which the
+            files of a folder are never taken.
         train, valid, test: files of the parts, where they have other names (in the folder ``path``).
         shares: parts taken from the training rows.
     """
@@ -87,7 +88,13 @@ class FilesSource(TabularSource):
             return {part: path for part, path in found.items() if path is not None}
         if self.path is None and place.data is None:
             raise StreamError("the source 'files' has no 'path': name one there, or a folder with --data.")
-        path = place.find(Path(self.path or ""), lambda p: p.is_file() or bool(_parts_in(p)))
+        relative = Path(self.path or "")
+
+        def fits(found: Path) -> bool:
+            whole = not relative.suffix or found.name == relative.name
+            return found.is_file() or (whole and bool(_parts_in(found)))
+
+        path = place.find(relative, fits)
         if path is None:
             raise StreamError(f"no training file was found for '{self.path or place.data}': {self._advice(place)}")
         return {"train": path} if path.is_file() else _parts_in(path)
