@@ -219,6 +219,57 @@ def test_files_by_part(tmp_path: Path, suffix: str) -> None:
     assert isinstance(rows.tables["train"], TensorTable)
 
 
+def write_csv(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_cells_of_a_csv_file_are_taken_as_they_stand(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "a.csv", "text,label,domain\n0,007,01\nnull,7,1\nNA,NA,NA\n1.50,None,nan\n")
+    for keep in ("memory", "disk"):
+        rows = load(FilesSource(path=str(path), domain="domain", keep=keep))
+        assert rows.label_names == ("007", "7", "NA", "None") and rows.domain_names == ("01", "1", "NA", "nan")
+        assert list(rows.tables["train"].strings("text")) == ["0", "null", "NA", "1.50"]
+    renamed = write_csv(tmp_path / "b.csv", "t,y\n1,b\n2,NA\n")
+    assert load(FilesSource(path=str(renamed), text="t", label="y")).label_names == ("b", "NA")
+    empty = write_csv(tmp_path / "c.csv", "text,label\na,x\nb,\nc,NA\n")
+    with pytest.raises(StreamError, match=r"the label of row 1 is None"):
+        load(FilesSource(path=str(empty)))
+    with pytest.raises(StreamError, match=r"'text' of row 1 is empty"):
+        load(FilesSource(path=str(write_csv(tmp_path / "d.csv", "text,label\n1,x\n,y\n"))))
+
+
+def test_numbers_in_a_csv_file_stay_numbers(tmp_path: Path) -> None:
+    write_csv(tmp_path / "train.csv", "text,label,when,id\na,10,202402,5\nb,9,202401,3\nc,-1,202403,4\n")
+    write_csv(tmp_path / "test.csv", "text,label,when,id\nd,9,202401,7\n")
+    rows = load(FilesSource(time="when", id="id", domain="when"), tmp_path)
+    assert rows.label_names == ("-1", "9", "10") and rows.tables["test"].column("labels").tolist() == [1]
+    assert rows.times["train"].tolist() == [202402, 202401, 202403]
+    assert rows.tables["train"].column("row").tolist() == [5, 3, 4]
+    write_csv(tmp_path / "test.csv", "text,label\nd,09\ne,9\n")
+    with pytest.raises(StreamError, match=r"class '09' is in test but has no training rows"):
+        load(FilesSource(), tmp_path)
+    (tmp_path / "test.csv").unlink()
+    write_jsonl(tmp_path / "test.jsonl", [{"text": "d", "label": "9"}])
+    assert load(FilesSource(), tmp_path).label_names == ("10", "9", "-1")
+    write_jsonl(tmp_path / "test.jsonl", [{"text": "d", "label": 9}])
+    assert load(FilesSource(), tmp_path).label_names == ("-1", "9", "10")
+    numbers = write_csv(tmp_path / "n.csv", "x,label\n1,2\n2,0.5\nNA,3\n")
+    with pytest.raises(StreamError, match=r"the label of row 1 is 0.5"):
+        load(FilesSource(path=str(numbers), text="x"))
+    with pytest.raises(StreamError, match=r"1 rows have features that are NaN"):
+        load(FilesSource(path=str(numbers), features=["x"]), objective="regression")
+    assert load(FilesSource(path=str(tmp_path / "train.csv"), label="id", id="id")).label_names == ("3", "4", "5")
+    found = load(FilesSource(path=str(numbers), text="x"), objective="regression").tables["train"]
+    assert found.column("labels").tolist() == [2, 0.5, 3] and list(found.strings("text")) == ["1", "2", "NA"]
+
+
+def test_a_cell_that_nobody_reads_may_be_empty(tmp_path: Path) -> None:
+    lines = ["text,label,age", *(f"text {n},c{n % 2},{n}" for n in range(10_000)), "last,c0,"]
+    path = write_csv(tmp_path / "long.csv", "\n".join(lines) + "\n")
+    assert load(FilesSource(path=str(path))).tables["train"].strings("text")[-1] == "last"
+
+
 def test_files_named_and_on_disk_give_the_same_rows(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", sample(20))
     write_jsonl(tmp_path / "b.jsonl", sample(10, 50))
@@ -280,7 +331,12 @@ BROKEN: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
     ("no label", [{"text": "a", "label": "x"}, {"text": "b", "label": None}], {}, "label of row 1 is None"),
     ("one class", [{"text": "a", "label": "x"}, {"text": "b", "label": "x"}], {}, "the one class 'x'"),
     ("empty text", [{"text": "a", "label": "x"}, {"text": "  ", "label": "y"}], {}, "'text' of row 1 is empty"),
-    ("text that is none", [{"text": 3, "label": "x"}, {"text": 4, "label": "y"}], {}, "'text'"),
+    (
+        "text that is none",
+        [{"text": 0, "label": "x"}, {"text": 4, "label": "y"}],
+        {},
+        "'text' of row 0 is int, not text",
+    ),
     ("NaN", [{"a": 1.0, "label": "x"}, {"a": None, "label": "y"}], {"features": ["a"]}, "NaN or infinite"),
     ("word as feature", sample(), {"features": ["text"]}, "'text' is not numeric"),
     ("two kinds of features", sample(), {"features": ["label"], "text": "text"}, "both 'features' and 'text'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,6 +15,7 @@ from continual.objective import Objective
 from continual.spec import Spec
 from continual.streams.content import row_keys
 from continual.streams.folders import Place, cache_folder
+from continual.streams.sources.cells import numbered, read_options
 from continual.streams.sources.rows import PARTS, Part, Raw, Rows, assemble, take
 from continual.streams.sources.tabular import TabularSource, quiet
 
@@ -66,8 +68,11 @@ class FilesSource(TabularSource):
             StreamError: a file or column is missing, or a row cannot be used.
         """
         raws: dict[Part, Raw] = {}
-        for part, path in self._paths(place).items():
-            raws[part] = self.raw(read_file(path), objective, f"'{path}'")
+        paths = self._paths(place)
+        for part, path in paths.items():
+            raws[part] = self.raw(read_file(path, self.string_columns(objective)), objective, f"'{path}'")
+        if objective == "classification":
+            raws = numbered(raws, [part for part, path in paths.items() if path.suffix == ".csv"])
         for part in ("valid", "test"):
             share = getattr(self.shares, part)
             if share and part in raws:
@@ -118,8 +123,12 @@ def split_off(train: Raw, shares: Shares) -> dict[Part, Raw]:
     return raws
 
 
-def read_file(path: Path) -> datasets.Dataset:
+def read_file(path: Path, strings: Collection[str] = ()) -> datasets.Dataset:
     """A JSONL, CSV or Parquet file, memory-mapped from the cache.
+
+    Args:
+        path: of the file.
+        strings: columns of a CSV file (those that it has) whose cells are taken as they stand; an empty one is None.
 
     Raises:
         StreamError: another kind of file, or one that cannot be read.
@@ -137,8 +146,9 @@ def read_file(path: Path) -> datasets.Dataset:
     if path.stat().st_size == 0:
         raise StreamError(f"'{path}' is empty: give it rows.")
     try:
+        options = read_options(path, strings) if path.suffix == ".csv" else {}
         with quiet():
-            return readers[path.suffix](str(path), cache_dir=str(cache_folder() / "files"))
+            return readers[path.suffix](str(path), cache_dir=str(cache_folder() / "files"), **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise StreamError(f"'{path}' could not be read ({reason}): mend the file.") from error

@@ -239,7 +239,8 @@ def _check_features(table: Table, where: str) -> None:
                     continue
                 if name == "messages" and isinstance(value, list) and value:
                     continue
-                what = "empty" if not value or isinstance(value, str) else f"{type(value).__name__}, not text"
+                nothing = value is None or isinstance(value, str) or value == []
+                what = "empty" if nothing else f"{type(value).__name__}, not text"
                 raise StreamError(f"{where}: '{name}' of row {place} is {what}: leave out such rows or fill them.")
     bad = (~finite_rows(table)).nonzero().flatten()
     if len(bad):

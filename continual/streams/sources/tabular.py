@@ -15,6 +15,7 @@ from continual.errors import StreamError, quoted
 from continual.objective import Objective
 from continual.spec import Spec
 from continual.streams.columns import named
+from continual.streams.content import TEXTS
 from continual.streams.sources.rows import Raw, Values
 from continual.table import ArrowTable, Table, TensorTable
 
@@ -71,6 +72,19 @@ class TabularSource(Spec):
             None if self.time is None else list(dataset[self.time]),
             None if self.id is None else np.asarray(dataset[self.id]),
         )
+
+    def string_columns(self, objective: Objective) -> tuple[str, ...]:
+        """The columns that are text or names, whatever their cells look like: text, class labels, domain.
+
+        Those of a name that is not given may not be there.
+        """
+        named = [self.text, self.prompt, self.completion, self.messages]
+        if not any(named) and not self.features:
+            named = list(TEXTS)
+        if objective == "classification":
+            named += ["label", "labels"] if self.label is None else [self.label]
+        numbers = {*(self.features or ()), self.time, self.id}
+        return tuple(dict.fromkeys(name for name in (*named, self.domain) if name is not None and name not in numbers))
 
     def _feature_columns(self, dataset: datasets.Dataset, objective: Objective, where: str) -> dict[str, str]:
         named = {name: getattr(self, name) for name in ("text", "prompt", "completion", "messages")}
