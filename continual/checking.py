@@ -67,6 +67,7 @@ def _stream(path: Path, data: Path | None, seed: int) -> Findings:
     findings.right.append(
         f"stream '{stream.name}': {len(stream)} experiences, scenario {stream.scenario}, {stream.objective}"
     )
+    findings.right.extend(f"  {note}" for note in stream.notes)
     for experience in stream:
         sizes = [
             f"{what} {len(table)}"

@@ -186,3 +186,18 @@ def test_the_folder_in_the_environment_comes_after_the_files_of_the_user(
     (tmp_path / "mine" / "rows.jsonl").rename(tmp_path / "data" / "rows.jsonl")
     assert "3 classes" in continual("check", str(mine)).stdout
     assert "3 classes" in continual("check", str(mine), "--data", str(tmp_path / "data" / "rows.jsonl")).stdout
+
+
+def test_rows_that_are_dropped_are_said(tmp_path: Path) -> None:
+    files = "train: rows.jsonl, test: test.jsonl, features: [x], overlap: drop"
+    mine = stream_file(tmp_path, [{"x": n, "label": f"c{n % 2}"} for n in range(40)], files)
+    said = "20 of 40 training rows dropped: same content as test rows"
+    (tmp_path / "test.jsonl").write_text("".join(f'{{"x": {n}, "label": "c{n % 2}"}}\n' for n in range(20, 60)))
+    done = continual("check", str(mine))
+    assert done.returncode == 0 and said in done.stdout
+    for more in ([], ["--resume"]):
+        ran = continual("run", str(mine), "naive", "--model", "mlp", "--out", str(tmp_path / "out"), *SMALL, *more)
+        assert ran.returncode == 0, ran.stderr
+        result = tmp_path / "out" / "result.json"
+        assert json.loads(result.read_text(encoding="utf-8"))["notes"].count(said) == 1
+        result.unlink()

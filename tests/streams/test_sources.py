@@ -320,6 +320,11 @@ def test_overlap_dropped_or_kept(tmp_path: Path) -> None:
     assert len(kept.tables["train"]) == 12
     assert list(dropped.tables["train"].strings("text")) == [f"text number {n}" for n in range(10)]
     assert len(dropped.tables["test"]) == 12
+    assert dropped.notes == ("2 of 12 training rows dropped: same content as test rows",) and kept.notes == ()
+    write_jsonl(tmp_path / "valid.jsonl", sample(3, 11))
+    assert load(FilesSource(overlap="drop"), tmp_path).notes[1] == (
+        "3 of 3 valid rows dropped: same content as test rows"
+    )
 
 
 BROKEN: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [

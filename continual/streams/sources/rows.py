@@ -50,6 +50,7 @@ class Rows:
         label_names: names of the classes by index; empty where the objective is not classification.
         domains: int64 index of each row's domain, by part; ``domain_names`` names them.
         times: datetime64[s] or float64 of each row, by part.
+        notes: what became of rows that are not here, in sentences.
     """
 
     tables: dict[Part, Table]
@@ -57,6 +58,7 @@ class Rows:
     domains: dict[Part, Tensor] = field(default_factory=dict)
     domain_names: tuple[str, ...] = ()
     times: dict[Part, npt.NDArray[Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def span(self) -> int:
@@ -92,8 +94,15 @@ def assemble(
     if not trusted:
         for part, raw in raws.items():
             _check_features(raw.table, f"{where}, {part}")
+    notes: list[str] = []
     if overlap == "drop" and "test" in raws:
+        before = {part: len(raw.table) for part, raw in raws.items()}
         raws = {part: raw if part == "test" else _without(raw, raws["test"]) for part, raw in raws.items()}
+        for part, raw in raws.items():
+            dropped = before[part] - len(raw.table)
+            if dropped:
+                what = "training" if part == "train" else part
+                notes.append(f"{dropped} of {before[part]} {what} rows dropped: same content as test rows")
         raws = {part: raw for part, raw in raws.items() if len(raw.table)}
         if "train" not in raws:
             raise StreamError(
@@ -117,6 +126,7 @@ def assemble(
         domains=domains,
         domain_names=domain_names,
         times={part: _times(raw.time, f"{where}, {part}") for part, raw in raws.items() if raw.time is not None},
+        notes=tuple(notes),
     )
 
 
