@@ -349,6 +349,13 @@ BROKEN: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
     ("ids are words", sample(), {"id": "label"}, "row ids are not whole numbers"),
     ("ids too large", [{**row, "id": 2**41 + n} for n, row in enumerate(sample())], {"id": "id"}, "too large"),
     ("half a question", sample(), {"prompt": "text"}, "'prompt' does not suit"),
+    (
+        "no domain",
+        [*sample(), {**sample()[0], "domain": None}],
+        {"domain": "domain"},
+        r"domain of row 12 is missing \(None\)",
+    ),
+    ("empty domain", [*sample(), {**sample()[0], "domain": " "}], {"domain": "domain"}, "domain of row 12 is missing"),
     ("times are words", sample(), {"time": "label"}, "time column cannot be read"),
 ]
 
@@ -452,6 +459,22 @@ def test_arrays() -> None:
     inputs, labels = np.arange(12.0).reshape(6, 2), np.array(["b", "a"] * 3)
     rows = load(ArraysSource(train=(inputs, labels), test=(inputs + 50, labels), domain={"train": list("xxyyxx")}))
     assert rows.label_names == ("b", "a") and rows.domains["train"].tolist() == [0, 0, 1, 1, 0, 0]
+    words = load(ArraysSource(train=(inputs, labels), domain={"train": ["None", "nan", "a", "a", "a", "b"]}))
+    assert words.domain_names == ("None", "nan", "a", "b")
+    assert load(ArraysSource(train=(inputs, labels), domain={"train": torch.arange(6) // 3})).domain_names == ("0", "1")
+    for missing in (None, float("nan"), np.datetime64("NaT"), ""):
+        marks = [*"xxxx", missing, "y"]
+        for domain in (marks, np.array(marks, dtype=object)):
+            with pytest.raises(StreamError, match=r"train: the domain of row 4 is missing"):
+                load(ArraysSource(train=(inputs, labels), domain={"train": domain}))
+    with pytest.raises(StreamError, match=r"test: the domain of row 0 is missing \(nan\)"):
+        load(
+            ArraysSource(
+                train=(inputs, labels),
+                test=(inputs + 50, labels),
+                domain={"train": range(6), "test": np.array([np.nan, 1, 2, 3, 4, 5])},
+            )
+        )
     with pytest.raises(StreamError, match=r"6 rows and 2 values for 'time'"):
         load(ArraysSource(train=(inputs, labels), time={"train": [1, 2]}))
     with pytest.raises(StreamError, match=r"1 rows have features that are NaN"):

@@ -23,6 +23,9 @@ Part = Literal["train", "valid", "test"]
 PARTS: tuple[Part, ...] = ("train", "valid", "test")
 Values = Sequence[Any] | Tensor | npt.NDArray[Any]
 
+_NO_NAME = ("None", "nan", "NaT", "<NA>")
+"""What a value that is missing looks like as a string, in plain Python, numpy and pandas."""
+
 
 @dataclass(frozen=True)
 class Raw:
@@ -321,13 +324,27 @@ def _whole_ids(values: Values, where: str) -> Tensor:
 def _domains(raws: dict[Part, Raw], where: str) -> tuple[tuple[str, ...], dict[Part, Tensor]]:
     if raws["train"].domain is None:
         return (), {}
-    names = {part: [str(value) for value in raw.domain] for part, raw in raws.items() if raw.domain is not None}
+    names = {
+        part: _domain_names(raw.domain, f"{where}, {part}") for part, raw in raws.items() if raw.domain is not None
+    }
     place = {name: index for index, name in enumerate(dict.fromkeys(names["train"]))}
     for part, found in names.items():
         stranger = next((name for name in found if name not in place), None)
         if stranger is not None:
             raise StreamError(f"{where}: domain '{stranger}' is in {part} but has no training rows: add some.")
     return tuple(place), {part: torch.tensor([place[name] for name in found]) for part, found in names.items()}
+
+
+def _domain_names(values: Values, where: str) -> list[str]:
+    found = values.tolist() if isinstance(values, Tensor) else list(values)
+    names = [str(value) for value in found]
+    for place, name in enumerate(names):
+        if not name.strip() or (name in _NO_NAME and not isinstance(found[place], str)):
+            what = name.strip() or "empty"
+            raise StreamError(
+                f"{where}: the domain of row {place} is missing ({what}): fill it or leave out such rows."
+            )
+    return names
 
 
 def _times(values: Values, where: str) -> npt.NDArray[Any]:
