@@ -19,6 +19,14 @@ Texts = dict[str, Sequence[Any]]
 Tokens = dict[str, list[list[int]]]
 RowName = Callable[[int], str]
 
+TEXT_GROUPS: dict[Objective, tuple[tuple[str, ...], ...]] = {
+    "classification": (("text",),),
+    "regression": (("text",),),
+    "causal-lm": (("prompt", "completion"), ("messages",), ("text",)),
+    "seq2seq": (("prompt", "completion"),),
+}
+"""The columns of text that an objective reads, the first group that is there."""
+
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -28,16 +36,10 @@ def needed_columns(names: Sequence[str], objective: Objective) -> tuple[str, ...
     Raises:
         StreamError: there are none.
     """
-    choices: dict[Objective, list[tuple[str, ...]]] = {
-        "classification": [("text",)],
-        "regression": [("text",)],
-        "causal-lm": [("prompt", "completion"), ("messages",), ("text",)],
-        "seq2seq": [("prompt", "completion")],
-    }
-    for group in choices[objective]:
+    for group in TEXT_GROUPS[objective]:
         if set(group) <= set(names):
             return group
-    wanted = " or ".join(" + ".join(f"'{name}'" for name in group) for group in choices[objective])
+    wanted = " or ".join(" + ".join(f"'{name}'" for name in group) for group in TEXT_GROUPS[objective])
     raise StreamError(f"the objective '{objective}' reads {wanted}, and the table has {', '.join(names)}.")
 
 

@@ -22,6 +22,7 @@ from continual.streams.sources.files import FilesSource
 from continual.streams.sources.hub import HubSource
 from continual.streams.sources.mnist import MnistSource
 from continual.streams.sources.rows import Rows, stratified
+from continual.streams.tokens import needed_columns
 from continual.table import ArrowTable, TensorTable
 
 
@@ -412,6 +413,23 @@ def test_language_model_rows(tmp_path: Path) -> None:
         load(FilesSource(path=path, label="completion"), objective="causal-lm")
     with pytest.raises(StreamError, match=r"does not suit the objective 'classification'"):
         load(FilesSource(path=path))
+
+
+def test_columns_that_are_not_named_follow_the_objective(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    everything = {"text": "t", "messages": chat, "prompt": "p", "completion": "c", "label": "x"}
+    wanted: dict[Any, list[tuple[str, ...]]] = {
+        "causal-lm": [("prompt", "completion"), ("messages",), ("text",)],
+        "seq2seq": [("prompt", "completion")],
+        "classification": [("text",)],
+    }
+    for objective, groups in wanted.items():
+        left = [{**everything, "text": f"t{n}", "label": f"c{n}"} for n in range(2)]
+        for number, group in enumerate(groups):
+            path = write_jsonl(tmp_path / f"{objective}{number}.jsonl", left)
+            table = load(FilesSource(path=str(path)), objective=objective).tables["train"]
+            assert set(table.names) - {"labels", "row"} == set(group) == set(needed_columns(list(left[0]), objective))
+            left = [{name: value for name, value in row.items() if name not in group} for row in left]
 
 
 def test_regression_targets(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from continual.spec import Spec
 from continual.streams.columns import named
 from continual.streams.content import TEXTS
 from continual.streams.sources.rows import Raw, Values
+from continual.streams.tokens import TEXT_GROUPS
 from continual.table import ArrowTable, Table, TensorTable
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class TabularSource(Spec):
     """Which column is what; the settings that ``files`` and ``hub`` share.
 
     Attributes:
-        text: column of strings; where nothing is named, ``text``, ``prompt`` + ``completion`` or ``messages`` is taken.
+        text: column of strings; where nothing is named, the first of ``prompt`` + ``completion``, ``messages`` and
+            ``text`` that is there and suits the objective is taken.
         features: numeric columns that together are ``inputs``, float32 (N, D).
         prompt, completion: columns of a language model's question and answer.
         messages: column of chats, each a list of ``{role, content}``.
@@ -92,7 +94,7 @@ class TabularSource(Spec):
         if columns and self.features:
             raise StreamError(f"{where}: both 'features' and '{next(iter(columns))}' are named: name one of them.")
         if not columns and not self.features:
-            for group in (("text",), ("messages",), ("prompt", "completion")):
+            for group in (*TEXT_GROUPS[objective], *TEXT_GROUPS["causal-lm"]):
                 if set(group) <= set(dataset.column_names):
                     columns = {name: name for name in group}
                     break
@@ -101,12 +103,7 @@ class TabularSource(Spec):
                     f"{where}: nothing to learn from: name the column in 'text', 'features', 'messages', or 'prompt' "
                     f"and 'completion'; there are {quoted(dataset.column_names)}."
                 )
-        allowed = {
-            "classification": ("text",),
-            "regression": ("text",),
-            "causal-lm": ("text", "messages", "prompt", "completion"),
-            "seq2seq": ("prompt", "completion"),
-        }[objective]
+        allowed = [name for group in TEXT_GROUPS[objective] for name in group]
         wrong = [name for name in columns if name not in allowed]
         if wrong or (self.features and "lm" in objective) or (self.features and objective == "seq2seq"):
             raise StreamError(
