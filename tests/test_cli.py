@@ -201,3 +201,24 @@ def test_rows_that_are_dropped_are_said(tmp_path: Path) -> None:
         result = tmp_path / "out" / "result.json"
         assert json.loads(result.read_text(encoding="utf-8"))["notes"].count(said) == 1
         result.unlink()
+
+
+KINDS = [
+    ("source: mine\nadapter: {kind: lora}\n", "strategy 'mine'"),
+    ("source: mine\n", "strategy 'mine'"),
+    ("source: mine\nbackbone: frozen\nhead: {kind: ncm}\n", "unknown head kind 'ncm'"),
+    ("use: split-digits\nsummary: s\nsource: {valid_share: .1}\n", "stream 'mine'"),
+    ("use: split-digits\nsummary: s\n", "stream 'mine'"),
+    ("use: split-digit\nsummary: s\n", "Did you mean 'split-digits'"),
+    ("use: naive\ntraining: {lr: 1}\n", "unknown key 'use'"),
+    ("summary: s\nsource: {kind: digits}\n", "the key 'split' is missing"),
+    ("summary: s\nscenario: class\nsource: digits\n", "'source' says no 'kind'"),
+]
+
+
+@pytest.mark.parametrize(("content", "said"), KINDS)
+def test_check_tells_streams_from_strategies(content: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(content, encoding="utf-8")
+    done = continual("check", str(path))
+    assert said in done.stdout + done.stderr
