@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,6 +15,7 @@ from continual.errors import StreamError, quoted
 from continual.objective import Objective
 from continual.streams.columns import replace_columns
 from continual.streams.content import TEXTS, finite_rows, row_keys
+from continual.streams.times import times_of
 from continual.table import ArrowTable, Table, TensorTable
 
 Part = Literal["train", "valid", "test"]
@@ -128,7 +127,7 @@ def assemble(
         label_names=label_names,
         domains=domains,
         domain_names=domain_names,
-        times={part: _times(raw.time, f"{where}, {part}") for part, raw in raws.items() if raw.time is not None},
+        times={part: times_of(raw.time, f"{where}, {part}") for part, raw in raws.items() if raw.time is not None},
         notes=tuple(notes),
     )
 
@@ -345,32 +344,3 @@ def _domain_names(values: Values, where: str) -> list[str]:
                 f"{where}: the domain of row {place} is missing ({what}): fill it or leave out such rows."
             )
     return names
-
-
-def _times(values: Values, where: str) -> npt.NDArray[Any]:
-    array = values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    try:
-        if array.dtype.kind in "iuf":
-            numbers = array.astype(np.float64)
-            if not all(map(math.isfinite, numbers)):
-                raise ValueError("a time is missing")
-            return numbers
-        stamps = [value if isinstance(value, datetime.date) else _moment(value) for value in array.tolist()]
-        found = np.array([_seconds(stamp) for stamp in stamps], dtype="datetime64[s]")
-    except (TypeError, ValueError) as error:
-        raise StreamError(
-            f"{where}: the time column cannot be read ({error}): use numbers or ISO dates as in 2024-01-31."
-        ) from error
-    return found
-
-
-def _moment(value: Any) -> datetime.datetime:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r} is no time")
-    return datetime.datetime.fromisoformat(value)
-
-
-def _seconds(stamp: datetime.date) -> str:
-    if isinstance(stamp, datetime.datetime) and stamp.tzinfo is not None:
-        stamp = stamp.astimezone(datetime.UTC).replace(tzinfo=None)
-    return stamp.isoformat()
