@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -286,6 +287,26 @@ def test_files_named_and_on_disk_give_the_same_rows(tmp_path: Path) -> None:
         )
         assert np.array_equal(row_keys(one), row_keys(two))
     assert torch.equal(memory.tables["train"][index]["labels"], disk.tables["train"][index]["labels"])
+
+
+@pytest.mark.parametrize("keep", ["memory", "disk"])
+@pytest.mark.parametrize("features", [None, ["x"]])
+def test_a_file_of_the_same_age_is_read_again(tmp_path: Path, keep: Any, features: list[str] | None) -> None:
+    def given(start: int) -> list[dict[str, Any]]:
+        return [{**row, "x": start + n} for n, row in enumerate(sample(start=start))]
+
+    path = write_jsonl(tmp_path / "rows.jsonl", given(10))
+    source = FilesSource(path=str(path), features=features, keep=keep)
+    before = load(source).tables["train"]
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    write_jsonl(path, given(50))
+    os.utime(path, ns=times)
+    after = load(source).tables["train"]
+    for table, start in ((before, 10), (after, 50)):
+        if features:
+            assert table.column("inputs")[:, 0].tolist() == list(range(start, start + 12))
+        else:
+            assert table.strings("text")[0] == f"text number {start}"
 
 
 @pytest.mark.parametrize("keep", ["memory", "disk"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -124,7 +125,7 @@ def split_off(train: Raw, shares: Shares) -> dict[Part, Raw]:
 
 
 def read_file(path: Path, strings: Collection[str] = ()) -> datasets.Dataset:
-    """A JSONL, CSV or Parquet file, memory-mapped from the cache.
+    """A JSONL, CSV or Parquet file, memory-mapped from the cache, where it is found by the SHA-256 of its content.
 
     Args:
         path: of the file.
@@ -146,9 +147,11 @@ def read_file(path: Path, strings: Collection[str] = ()) -> datasets.Dataset:
     if path.stat().st_size == 0:
         raise StreamError(f"'{path}' is empty: give it rows.")
     try:
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
         options = read_options(path, strings) if path.suffix == ".csv" else {}
         with quiet():
-            return readers[path.suffix](str(path), cache_dir=str(cache_folder() / "files"), **options)
+            return readers[path.suffix](str(path), cache_dir=str(cache_folder() / "files" / content), **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise StreamError(f"'{path}' could not be read ({reason}): mend the file.") from error
