@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+import logging
 import os
 import sys
 import types
@@ -10,12 +12,15 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from continual.errors import StreamError
 from continual.streams.content import row_keys
 from continual.streams.folders import Place
+from continual.streams.sources import files
 from continual.streams.sources.arrays import ArraysSource
 from continual.streams.sources.digits import DigitsSource
 from continual.streams.sources.docstrings import DocstringsSource, _docstrings, _mask_pattern, clean
@@ -410,6 +415,61 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         load(FilesSource(path=str(tmp_path / "rows.xlsx")))
     with pytest.raises(StreamError, match=r"the test file .* was not found"):
         load(FilesSource(train="rows.xlsx", test="none.csv"), tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+@pytest.mark.parametrize("column", ["text", "other"])
+def test_files_that_are_not_utf8(tmp_path: Path, suffix: str, column: str) -> None:
+    row = {"text": "plain", "label": "x", "other": "plain", column: "café"}
+    lines = [json.dumps(row, ensure_ascii=False)] if suffix == "jsonl" else [",".join(row), ",".join(row.values())]
+    path = tmp_path / f"rows.{suffix}"
+    path.write_bytes("\n".join([*lines, ""]).encode("latin-1"))
+    with pytest.raises(StreamError, match=r"rows\.\w+' is not UTF-8 \(invalid continuation byte\): save it in UTF-8"):
+        load(FilesSource(path=str(path)))
+    path.write_bytes(("\n".join(lines)).encode()[:-2] + b"\xc3")
+    with pytest.raises(StreamError, match=r"is not UTF-8 \(unexpected end of data\)"):
+        load(FilesSource(path=str(path)))
+
+
+@pytest.mark.parametrize("keep", ["memory", "disk"])
+def test_text_that_arrow_holds_and_cannot_decode(tmp_path: Path, keep: Any) -> None:
+    raw = pa.array([b"plain", b"caf\xe9", b"more"], type=pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    table = pa.table({"text": text, "label": ["x", "y", "x"], "domain": ["a", "b", "a"]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "saved"))
+    for source in (
+        FilesSource(path=str(tmp_path / "rows.parquet"), keep=keep),
+        FilesSource(path=str(tmp_path / "rows.parquet"), keep=keep, shares={"test": 0.5}),
+        HubSource(name=str(tmp_path / "saved"), keep=keep),
+    ):
+        with pytest.raises(StreamError, match=r"there is text that is not UTF-8"):
+            load(source)
+
+
+def test_a_character_may_lie_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_CHUNK", 3)
+    path = tmp_path / "rows.csv"
+    lines = ["text,label", *(f"{'é€' * n}{n},c{n % 2}" for n in range(8)), ""]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert files._digest(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert load(FilesSource(path=str(path))).tables["train"].strings("text")[2] == "é€é€2"
+
+
+def test_the_log_of_datasets_stays_silent_and_as_it_was(tmp_path: Path) -> None:
+    heard: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = heard.append  # type: ignore[method-assign]
+    log, level = logging.getLogger("datasets"), datasets.logging.get_verbosity()
+    log.addHandler(handler)
+    try:
+        for name, text in (("a.csv", "text,label\na,x\nb,y,z,w\n"), ("b.jsonl", '{"text": "a"}\n{"text": \n')):
+            (tmp_path / name).write_text(text)
+            with pytest.raises(StreamError, match=r"could not be read"):
+                load(FilesSource(path=str(tmp_path / name)))
+    finally:
+        log.removeHandler(handler)
+    assert heard == [] and datasets.logging.get_verbosity() == level
 
 
 def test_a_class_without_training_rows(tmp_path: Path) -> None:

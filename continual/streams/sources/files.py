@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 from collections.abc import Collection
 from pathlib import Path
@@ -18,7 +19,7 @@ from continual.streams.content import row_keys
 from continual.streams.folders import Place, cache_folder
 from continual.streams.sources.cells import numbered, read_options
 from continual.streams.sources.rows import PARTS, Part, Raw, Rows, assemble, take
-from continual.streams.sources.tabular import TabularSource, quiet
+from continual.streams.sources.tabular import TabularSource, decodable, quiet
 
 if TYPE_CHECKING:
     import datasets
@@ -29,6 +30,7 @@ PART_NAMES: dict[Part, tuple[str, ...]] = {
     "valid": ("valid", "val", "validation", "dev"),
     "test": ("test", "testing"),
 }
+_CHUNK = 2**20
 
 
 class Shares(Spec):
@@ -68,6 +70,10 @@ class FilesSource(TabularSource):
         Raises:
             StreamError: a file or column is missing, or a row cannot be used.
         """
+        with decodable("the source 'files'"):
+            return self._rows(place, objective)
+
+    def _rows(self, place: Place, objective: Objective) -> Rows:
         raws: dict[Part, Raw] = {}
         paths = self._paths(place)
         for part, path in paths.items():
@@ -147,14 +153,29 @@ def read_file(path: Path, strings: Collection[str] = ()) -> datasets.Dataset:
     if path.stat().st_size == 0:
         raise StreamError(f"'{path}' is empty: give it rows.")
     try:
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
+        content = _digest(path)
         options = read_options(path, strings) if path.suffix == ".csv" else {}
-        with quiet():
+        with quiet(log=False):
             return readers[path.suffix](str(path), cache_dir=str(cache_folder() / "files" / content), **options)
+    except UnicodeDecodeError as error:
+        raise StreamError(f"'{path}' is not UTF-8 ({error.reason}): save it in UTF-8.") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise StreamError(f"'{path}' could not be read ({reason}): mend the file.") from error
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file; one of text is decoded on the way, which raises UnicodeDecodeError where it is not UTF-8."""
+    digest = hashlib.sha256()
+    decoder = codecs.getincrementaldecoder("utf-8")() if path.suffix != ".parquet" else None
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            if decoder is not None:
+                decoder.decode(chunk)
+    if decoder is not None:
+        decoder.decode(b"", final=True)
+    return digest.hexdigest()
 
 
 def _parts_in(folder: Path) -> dict[Part, Path]:

@@ -156,15 +156,27 @@ def _texts(dataset: datasets.Dataset, columns: dict[str, str], on_disk: bool) ->
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars of ``datasets`` inside."""
+def decodable(where: str) -> Iterator[None]:
+    """Text inside that is not UTF-8, which Arrow finds only when a row is read, becomes a :class:`StreamError`."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise StreamError(f"{where}: there is text that is not UTF-8 ({error.reason}): write it in UTF-8.") from error
+
+
+@contextmanager
+def quiet(*, log: bool = True) -> Iterator[None]:
+    """No progress bars of ``datasets`` inside, and without ``log`` no errors in its log either, as they are raised too."""
     import datasets
 
-    silent = datasets.are_progress_bars_disabled()
+    silent, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    if not log:
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(level)
         if not silent:
             datasets.enable_progress_bars()
 
