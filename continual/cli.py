@@ -22,7 +22,11 @@ app = typer.Typer(
 
 Data = Annotated[
     Path | None,
-    typer.Option("--data", help="Folder with the data of the stream.", envvar="CONTINUAL_DATA", show_envvar=True),
+    typer.Option(
+        "--data",
+        help="The data of the stream, or the folder that holds them; nothing else is looked at. Without it: beside the "
+        "YAML file, the working folder, the folder in CONTINUAL_DATA.",
+    ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 …")]
 
