@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ def recover_folder(folder: Path) -> None:
                 check_seal(aside)
             except StateError:
                 continue
-            os.rename(aside, folder)
+            with suppress(FileNotFoundError):  # another process has just done the same
+                os.rename(aside, folder)
             return
 
 
