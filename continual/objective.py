@@ -15,7 +15,7 @@ from continual.errors import ModelError
 from continual.table import IGNORED, Batch
 
 Objective = Literal["classification", "regression", "causal-lm", "seq2seq"]
-Competition = Literal["seen", "experience", "all"]
+Competition = Literal["seen", "experience", "all", "asymmetric"]
 
 PRIMARY = {
     "classification": "accuracy",
@@ -71,16 +71,24 @@ def mask_logits(logits: Tensor, active: Tensor | None) -> Tensor:
     return logits if active is None else logits.masked_fill(~active, -torch.inf)
 
 
-def active_classes(competition: Competition, owner_K: Tensor, labels_B: Tensor, *, all_seen: bool) -> Tensor | None:
+def active_classes(
+    competition: Competition, owner_K: Tensor, labels_B: Tensor, *, all_seen: bool, current: int = -1
+) -> Tensor | None:
     """Which classes compete for each row: bool (K,), (B, K), or None for all.
 
     Args:
         competition: ``seen`` every class met so far, ``experience`` those of the experience that the row's class
-            belongs to, ``all`` every output there is.
+            belongs to, ``all`` every output there is, ``asymmetric`` those of the current experience for a row of it and
+            every class met so far for a row of an earlier one (Caccia et al. 2022, arXiv 2104.05025, eq. 3, where the
+            classes of the batch stand in place of those of the experience).
         owner_K: int64 (K,), the experience that a class belongs to (the latest one), -1 for one not yet met.
         labels_B: int64 (B,), -100 allowed.
         all_seen: whether no entry of ``owner_K`` is -1, known without asking the device.
+        current: the experience under way.
     """
+    if competition == "asymmetric":
+        new_B = owner_K[labels_B.clamp(min=0)] == current
+        return torch.where(new_B[:, None], owner_K == current, owner_K >= 0)
     if competition == "experience":
         return owner_K == owner_K[labels_B.clamp(min=0)][:, None]
     if competition == "seen" and not all_seen:

@@ -93,6 +93,8 @@ def run_cell(
             if processes.is_main and not (out / "checkpoint").exists():
                 (out / "run.json").unlink()
             raise
+        finally:
+            learner.close()
         _write(out, learner, run.result)
     return run.result
 

@@ -41,7 +41,9 @@ class Training(Spec):
         clip: largest norm of the gradient, None for no clipping.
         schedule: of the learning rate over the steps of each experience, after ``warmup`` (a share of them).
         precision: ``fp32`` or ``bf16`` (autocast).
-        active: which classes compete in training; None takes ``experience`` in the task scenario and ``seen`` elsewhere.
+        active: which classes compete in training: ``seen``, ``experience``, ``all`` or ``asymmetric``
+            (:func:`~continual.objective.active_classes`); None takes ``experience`` in the task scenario and ``seen``
+            elsewhere.
         fresh_optimizer: forget the optimiser's state at each experience.
     """
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from continual.errors import StateError
 from continual.table import IGNORED, Ragged, Table, TensorTable
 
-FORMAT = 1
+FORMAT = 2
 
 
 def table_state(table: Table) -> dict[str, Any]:

@@ -63,9 +63,12 @@ class Core:
         self.folder = Path(folder) if folder is not None else None
         self.save_every, self.track, self.progress = save_every, track, progress
         self.class_names: tuple[str, ...] = ()
+        self.known_names: tuple[str, ...] = ()
         self.stream_name: str | None = None
         self.stream_fingerprint: str | None = None
+        self.learnt_fingerprint: str | None = None
         self.updates = 0
+        self.steps = 0
         self.experience_names: list[str] = []
         self.cost: dict[str, float] = {"train_seconds": 0.0, "monitor_seconds": 0.0, "rows_trained": 0}
         self.notes: list[str] = []
@@ -76,6 +79,7 @@ class Core:
         self._past: list[tuple[Table, Table | None]] = []
         self._pending: Progress | None = None
         self._pending_name: str | None = None
+        self._failed: str | None = None
         self._tracking = False
         self.accelerator = self._accelerator()
 
@@ -156,6 +160,8 @@ class Core:
             autocast=self._bf16 if training.precision == "bf16" else nullcontext,
             batch_size=training.batch_size,
         )
+        if self.monitor is not None:
+            self.monitor.prepare_probes(self._encoded)
         if experience is not None and competition == "all":
             if experience.total_classes is None:
                 raise SpecError(
@@ -163,6 +169,13 @@ class Core:
                     "'seen' or 'experience'."
                 )
             self._context.reserve_classes = experience.total_classes
+
+    def close(self) -> None:
+        """Finish the tracker, where there is one; what it was told is then on its disk or server."""
+        if self._tracking:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+            self._tracking = False
 
     def _mark_altered(self) -> None:
         self.model.mark_altered(self.context.parameters().values())

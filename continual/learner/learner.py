@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from continual.errors import CompositionError, ModelError, StateError
+from continual.errors import CompositionError, ModelError, StateError, quoted
 from continual.learner.checkpoint import check_same
 from continual.learner.optimizer import make_optimizer
 from continual.learner.result import result_of
@@ -19,7 +19,7 @@ from continual.learner.saving import Saving
 from continual.learner.trainer import Progress, Trainer
 from continual.learner.update import Run, Update
 from continual.monitor.evaluation import evaluating, score_tables
-from continual.streams.check import require_stream
+from continual.streams.check import require_experience, require_stream, shared_rows
 from continual.streams.convert import as_experience, as_table
 from continual.streams.experience import Experience
 from continual.streams.stream import Stream
@@ -56,6 +56,9 @@ class Learner(Saving):
     ) -> Update:
         """Learn from one experience and measure every test set so far.
 
+        No test row may be among the training or valid rows, by id or by content. Rows that an earlier test set holds
+        are trained on and said in the update's notes.
+
         Args:
             data: an :class:`Experience`, or the training rows as a ``Table``, a torch ``Dataset`` or ``DataLoader``, a
                 ``datasets.Dataset``, ``(inputs, labels)``, a mapping of columns or a data frame.
@@ -74,10 +77,11 @@ class Learner(Saving):
                 name=name or f"update-{self.updates}",
                 test=test,
                 valid=valid,
-                known_names=self.class_names,
+                known_names=self.class_names if self._pending is None else self.known_names,
                 scenario=self.scenario,
                 objective=self.objective,
             )
+        require_experience(experience)
         return self._update(experience)
 
     def run(
@@ -88,6 +92,8 @@ class Learner(Saving):
         on_update: Callable[[Update], None] | None = None,
     ) -> Run:
         """Update on every experience of a stream that has not been learnt yet; goes on where a loaded state stands.
+
+        A stream to which experiences were appended since, or a longer slice of it, is gone on with as well.
 
         Args:
             data: folder of the stream's data, where the stream is a name, a file or a mapping.
@@ -101,10 +107,12 @@ class Learner(Saving):
             stream = Stream.load(stream, data=data, seed=self.seed)
         require_stream(stream)
         self.strategy.check(objective=stream.objective, gives_features=True, open_stream=stream.open)
-        fingerprint = stream.fingerprint()
-        if self.stream_fingerprint is not None:
-            check_same("stream", self.stream_fingerprint, fingerprint)
-        self.stream_name, self.stream_fingerprint = stream.name, fingerprint
+        begun = self.updates + (self._pending is not None)
+        if self.learnt_fingerprint is not None and begun:
+            learnt = len(stream) if self.strategy.data == "joint" else begun
+            given = stream.fingerprint(learnt) if learnt <= len(stream) else f"{len(stream)} of {learnt} experiences"
+            check_same("stream", self.learnt_fingerprint, given)
+        self.stream_name, self.stream_fingerprint = stream.name, stream.fingerprint()
         run = Run()
         for experience in self._todo(stream):
             run.updates.append(self._update(experience, stream))
@@ -150,12 +158,21 @@ class Learner(Saving):
             raise CompositionError(
                 "data: joint trains once on a whole stream: call run(stream), or take 'cumulative' to update step by step."
             )
+        if self._failed is not None:
+            raise StateError(
+                f"the update on '{self._failed}' broke off in the middle, and the learner holds what it had reached: go on "
+                "from its last save with Learner.load(folder), or make a new learner."
+            )
         with self.randomness.framework():
             if self._model is None:
                 self._build(experience)
-            experience = self._prepared(experience)
+            own = self._encode_all(experience)
+            experience = self._with_past(own)
             self._look_at(experience, stream)
             notes_before = len(self.notes)
+            if stream is None:
+                self._note_tests(own)
+            self._failed = experience.name
             progress = self._begin(experience, stream)
             trainer = Trainer(
                 self.context,
@@ -180,6 +197,9 @@ class Learner(Saving):
             self.cost["train_seconds"] += progress.seconds
             self.cost["rows_trained"] += progress.rows
             self.updates += 1
+            self.steps += progress.step
+            if self.strategy.data == "cumulative":
+                self._past.append((own.train, own.valid))
             started = time.perf_counter()
             self._measure(experience, stream)
             monitor_seconds = time.perf_counter() - started
@@ -187,6 +207,7 @@ class Learner(Saving):
             self._pending = None
             if self.folder is not None:
                 self._checkpoint(None)
+            self._failed = None
         slots = sorted({part.slot for part in self.parts})
         retention = self.monitor.latest(hint=slots) if self.monitor and self.monitor.measured else None
         update = Update(
@@ -202,7 +223,7 @@ class Learner(Saving):
         )
         if self._tracking and retention is not None:
             figures = {f"monitor/{k}": v for k, v in self.monitor.metrics().items() if v is not None}  # type: ignore[union-attr]
-            self.accelerator.log(figures, step=self.updates)
+            self.accelerator.log(figures, step=self.steps)
         return update
 
     def _begin(self, experience: Experience, stream: Stream | None) -> Progress:
@@ -223,14 +244,21 @@ class Learner(Saving):
         self._mark_altered()
         self.model.to(self.device)
         progress = Progress(seconds=time.perf_counter() - started)
-        if experience.index == 0 and stream is not None and self.monitor is not None and self._comparable(experience):
-            self._register_ahead(stream, range(len(stream)))
-            tables = self.monitor.tables()
+        if experience.index == 0 and self.monitor is not None and self._comparable(experience):
+            if stream is not None:
+                self._register_ahead(stream, range(len(stream)))
+            tables, probes = self.monitor.tables(), self.monitor.probes
             with evaluating(self.model):
                 scores = score_tables(
-                    list(tables.values()), context.forward, context.active_at_test, self.objective, self.device
+                    [*tables.values(), *probes.values()],
+                    context.forward,
+                    context.active_at_test,
+                    self.objective,
+                    self.device,
                 )
-            self.monitor.record_initial(dict(zip(tables, scores, strict=True)))
+            self.monitor.record_initial(
+                dict(zip(tables, scores, strict=False)), dict(zip(probes, scores[len(tables) :], strict=True))
+            )
         return progress
 
     def _measure(self, experience: Experience, stream: Stream | None) -> None:
@@ -260,25 +288,47 @@ class Learner(Saving):
             experience.scenario == "domain" and experience.total_classes is not None
         )
 
-    def _prepared(self, experience: Experience) -> Experience:
-        train, valid = self._encoded(experience.train), experience.valid
-        valid = self._encoded(valid) if valid is not None and len(valid) else None
-        if self.strategy.data == "cumulative":
-            if experience.index != len(self._past):
-                raise StateError(
-                    f"data: cumulative needs the rows of all {experience.index} earlier experiences and has those of "
-                    f"{len(self._past)}: run it over a stream, or update it from the first experience on."
-                )
-            self._past.append((train, valid))
-            train = concat([table for table, _ in self._past])
-            valids = [table for _, table in self._past if table is not None]
-            valid = concat(valids) if valids else None
+    def _encode_all(self, experience: Experience) -> Experience:
+        valid = experience.valid
         return replace(
             experience,
-            train=train,
-            valid=valid,
+            train=self._encoded(experience.train),
+            valid=self._encoded(valid) if valid is not None and len(valid) else None,
             test=None if experience.test is None else self._encoded(experience.test),
         )
+
+    def _with_past(self, experience: Experience) -> Experience:
+        """The experience with the rows of all earlier ones, where the strategy trains on them."""
+        if self.strategy.data != "cumulative":
+            return experience
+        if experience.index != len(self._past):
+            raise StateError(
+                f"data: cumulative needs the rows of all {experience.index} earlier experiences and has those of "
+                f"{len(self._past)}: run it over a stream, or update it from the first experience on."
+            )
+        valids = [table for _, table in [*self._past, (experience.train, experience.valid)] if table is not None]
+        return replace(
+            experience,
+            train=concat([*(table for table, _ in self._past), experience.train]),
+            valid=concat(valids) if valids else None,
+        )
+
+    def _note_tests(self, experience: Experience) -> None:
+        """Say which earlier test sets are not at hand, and which hold rows that are trained on now."""
+        if self.monitor is None:
+            return
+        tests = {index: table for index, table in self._tests().items() if index != experience.index}
+        absent = [name for index, name in self.monitor.absent().items() if index < experience.index]
+        if absent:
+            self.notes.append(
+                f"the state that was loaded is a checkpoint of a run, without the test sets of {quoted(absent)}: they are "
+                "not measured here; go on with run(stream), or load what Learner.save() wrote."
+            )
+        for index, count in shared_rows(experience.train, tests).items():
+            self.notes.append(
+                f"{count} training rows of '{experience.name}' have the same content as test rows of "
+                f"'{self.experience_names[index]}', whose retention is flattered by them: take them out of one side."
+            )
 
     def _look_at(self, experience: Experience, stream: Stream | None) -> None:
         """Take in what an experience says of itself, and keep its test set."""
@@ -295,7 +345,12 @@ class Learner(Saving):
             )
         if len(experience.train) == 0:
             raise StateError(f"experience '{experience.name}' has no training rows: leave it out or give it some.")
+        if self._pending is None:
+            self.known_names = self.class_names
         self.class_names = experience.class_names or self.class_names
+        if stream is not None:
+            reach = len(stream) if self.strategy.data == "joint" else experience.index + 1
+            self.learnt_fingerprint = stream.fingerprint(reach)
         if self.strategy.data == "joint" and stream is not None:
             for each in stream:
                 if each.test is not None and len(each.test):
@@ -309,6 +364,7 @@ class Learner(Saving):
     def _todo(self, stream: Stream) -> list[Experience] | Stream:
         if self.strategy.data == "joint":
             return [] if self.updates else [stream.joint()[0]]
+        self._past = []
         for experience in stream[: self.updates]:
             if self.strategy.data == "cumulative":
                 valid = experience.valid
@@ -323,7 +379,7 @@ class Learner(Saving):
         return stream[self.updates :]
 
     def _log(self, figures: dict[str, float], step: int) -> None:
-        self.accelerator.log(figures, step=step)
+        self.accelerator.log(figures, step=self.steps + step)
 
 
 def _unlabelled(rows: Any) -> Table:

@@ -18,13 +18,15 @@ from continual.parts.adapter.export import export_adapter
 from continual.parts.adapter.lora import LoRA
 from continual.state import load_state, save_state
 from continual.strategy import Strategy
+from continual.table import Table
 
 
 class Saving(Core):
     """Adds :meth:`save`, :meth:`load` and :meth:`export`."""
 
     def save(self, folder: Path | str) -> Path:
-        """Write the whole state, test sets included, so that :meth:`load` goes on bit for bit.
+        """Write the whole state, so that :meth:`load` goes on bit for bit: test sets and probes are in it, and under
+        ``data: cumulative`` the rows of all experiences.
 
         Where several processes train, all of them call it and the main one writes; so it is with :meth:`export`.
 
@@ -106,8 +108,14 @@ class Saving(Core):
             "objective": self.objective,
             "scenario": self.scenario,
             "class_names": list(self.class_names),
-            "stream": {"name": self.stream_name, "fingerprint": self.stream_fingerprint},
+            "known_names": list(self.known_names),
+            "stream": {
+                "name": self.stream_name,
+                "fingerprint": self.stream_fingerprint,
+                "learnt": self.learnt_fingerprint,
+            },
             "updates": self.updates,
+            "steps": self.steps,
             "experience_names": list(self.experience_names),
             "cost": dict(self.cost),
             "notes": list(self.notes),
@@ -127,6 +135,8 @@ class Saving(Core):
             "randomness": self.randomness.state_dict(),
             "monitor": self.monitor.state_dict() if self.monitor else None,
             "tests": {str(i): table_state(table) for i, table in self._tests().items()} if with_tests else {},
+            "probes": {name: table_state(table) for name, table in self.monitor.probes.items()} if self.monitor else {},
+            "past": [_rows_state(*tables) for tables in self._past] if with_tests else [],
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -151,13 +161,19 @@ class Saving(Core):
                 context.optimizer = make_optimizer(self.strategy.training, context.parameters())
                 load_optimizer_state(context.optimizer, context.parameters(), state["optimizer"])
             self.class_names = tuple(state["class_names"])
+            self.known_names = tuple(state["known_names"])
             self.stream_name, self.stream_fingerprint = state["stream"]["name"], state["stream"]["fingerprint"]
+            self.learnt_fingerprint = state["stream"]["learnt"]
             self.updates, self.experience_names = state["updates"], list(state["experience_names"])
+            self.steps = state["steps"]
             self.cost, self.notes, self.started = dict(state["cost"]), list(state["notes"]), state["started"]
             if self.monitor is not None and state["monitor"] is not None:
                 self.monitor.load_state_dict(state["monitor"])
+                for name, table in state["probes"].items():
+                    self.monitor.keep_probe(name, table_from_state(table))
             for index, table in state["tests"].items():
                 self._keep_test(int(index), self.experience_names[int(index)], table_from_state(table))
+            self._past = [_rows_from_state(tables) for tables in state["past"]]
             if state["progress"] is not None:
                 self._pending = Progress(**state["progress"])
             self.randomness.load_state_dict(state["randomness"])
@@ -168,3 +184,12 @@ class Saving(Core):
         self.processes.from_main(
             lambda: save_state(folder, self._state(with_tests=self.stream_name is None, progress=progress))
         )
+
+
+def _rows_state(train: Table, valid: Table | None) -> dict[str, Any]:
+    return {"train": table_state(train), "valid": None if valid is None else table_state(valid)}
+
+
+def _rows_from_state(state: dict[str, Any]) -> tuple[Table, Table | None]:
+    valid = state["valid"]
+    return table_from_state(state["train"]), None if valid is None else table_from_state(valid)

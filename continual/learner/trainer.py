@@ -174,6 +174,7 @@ class Trainer:
     ) -> None:
         if not self._on_device:
             if not torch.isfinite(loss):
+                self._check_weights()
                 raise not_finite(self.context.step, terms, batch)
             return
         bad = (~torch.isfinite(loss.detach())).to(torch.float32)
@@ -189,6 +190,10 @@ class Trainer:
                 if not bool(torch.isfinite(torch.stack([term for _, term in terms]).sum())):
                     raise not_finite(step, terms, batch)
         self._recent.clear()
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        """Gradients that are not finite spoil the weights though every loss was finite."""
         for name, parameter in self.context.parameters().items():
             if not bool(torch.isfinite(parameter).all()):
                 raise TrainingError(
@@ -207,14 +212,18 @@ class Trainer:
         score = self.processes.number(float(next(iter(scores[0].values())).double().mean()))
         if progress.best_score is None or score > progress.best_score + rule.min_delta:
             progress.best_score, progress.best_epoch = score, progress.epoch
-            progress.best_weights = {n: p.detach().clone() for n, p in context.parameters().items()}
+            progress.best_weights = {n: tensor.detach().clone() for n, tensor in self._moving().items()}
         elif progress.epoch - progress.best_epoch >= rule.patience and not progress.done:
             progress.done = progress.stopped_early = True
         if progress.done:
             with torch.no_grad():
-                for name, parameter in context.parameters().items():
-                    parameter.copy_(progress.best_weights[name])
+                for name, tensor in self._moving().items():
+                    tensor.copy_(progress.best_weights[name])
             progress.best_weights = {}
+
+    def _moving(self) -> dict[str, Tensor]:
+        """What training changes in the model: the parameters that train, and every buffer (running means, counts)."""
+        return {**self.context.parameters(), **dict(self.context.model.named_buffers())}
 
     def _align(self) -> None:
         """Before anything but a training step reads the model, all processes have the same one."""

@@ -8,6 +8,8 @@ from typing import Protocol
 
 from continual.objective import Objective
 
+PRACTICAL = 20
+"""More test rows than so many times those at hand are asked of nobody."""
 PLASTIC = 0.8
 """A new experience below this share of what earlier ones reached was learnt too little."""
 
@@ -49,7 +51,12 @@ def advise(lines: Sequence[Line], objective: Objective, slots: Collection[str] |
         return f"{hardly}: {_plasticity(slots)}."
     unsure = [line for line in lines if line.status == "cannot tell"]
     if unsure:
-        line = max(unsure, key=lambda line: line.rows_needed or 0)
+        line = min(unsure, key=lambda line: line.rows_needed or line.rows)
+        if line.rows_needed is not None and line.rows_needed > PRACTICAL * line.rows:
+            return (
+                f"the change of '{line.name}' lies too near the tolerance for its {line.rows} test rows, and for any "
+                "practical number of them, to tell: read its interval, or set another tolerance."
+            )
         needed = "more" if line.rows_needed is None else f"about {line.rows_needed}"
         return f"the test set of '{line.name}' is too small to tell with its {line.rows} rows: give it {needed} rows."
     some = _worst(lines, "lost some")

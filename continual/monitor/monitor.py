@@ -27,6 +27,7 @@ from continual.monitor.metrics import METRICS, Floats, defined, flips, metric_ta
 from continual.monitor.retention import TOLERANCE, Kept, Retention, judge, retention_of
 from continual.objective import PRIMARY, Objective
 from continual.state import tensor_bytes
+from continual.streams.convert import as_table
 from continual.table import Batch, Table
 
 __all__ = ["Monitor", "Retention"]
@@ -69,7 +70,9 @@ class Monitor:
 
     Args:
         probes: name → a fixed set that belongs to no experience (general ability, safety prompts), measured at every
-            update and compared with its first score. Its rows are no rows of the stream: erasure does not touch them.
+            update and compared with its first score, which is the one before any update where the model has one then.
+            In any form that :func:`~continual.streams.convert.as_table` takes; ``labels`` are class ids or numbers.
+            Its rows are no rows of the stream: erasure does not touch them.
         resamples: draws of the bootstrap.
         confidence: of the intervals, in (0, 1).
         batch_size: rows of one forward pass of the evaluation.
@@ -83,7 +86,7 @@ class Monitor:
 
     def __init__(
         self,
-        probes: Mapping[str, Table] | None = None,
+        probes: Mapping[str, Any] | None = None,
         resamples: int = 1000,
         confidence: float = 0.95,
         batch_size: int = 256,
@@ -98,7 +101,9 @@ class Monitor:
         self.resamples, self.confidence, self.batch_size = resamples, confidence, batch_size
         self.tolerance, self.seed = tolerance, seed
         self._tests: dict[int, _Set] = {}
-        self._probes = {name: _Set(name, torch.arange(len(table)), table) for name, table in (probes or {}).items()}
+        self._probes: dict[str, _Set] = {}
+        for name, given in (probes or {}).items():
+            self.keep_probe(name, _probe(name, given))
         self._waiting: dict[int, Scores] = {}
         self._resampled: Resampled | None = None
 
@@ -140,6 +145,22 @@ class Monitor:
     def tables(self) -> dict[int, Table]:
         """The test sets at hand by experience."""
         return {index: test.table for index, test in sorted(self._tests.items()) if test.table is not None}
+
+    def absent(self) -> dict[int, str]:
+        """Names of the experiences whose scores are kept and whose test sets are not at hand."""
+        return {index: test.name for index, test in sorted(self._tests.items()) if test.table is None}
+
+    def keep_probe(self, name: str, table: Table) -> None:
+        """Take ``table`` as the rows of a probe; one whose rows are at hand already is left as it is."""
+        probe = self._probes.setdefault(name, _Set(name, torch.arange(len(table))))
+        if probe.table is None:
+            probe.table = table
+
+    def prepare_probes(self, encode: Callable[[Table], Table]) -> None:
+        """Put what ``encode`` makes of it (text as tokens) in the place of each probe's table."""
+        for probe in self._probes.values():
+            if probe.table is not None:
+                probe.table = encode(probe.table)
 
     @property
     def probes(self) -> dict[str, Table]:
@@ -446,6 +467,20 @@ class Monitor:
                 self._columns(), self.updates(), self.objective, self.resamples, self.confidence, self.seed
             )
         return self._resampled
+
+
+def _probe(name: str, given: Any) -> Table:
+    table = as_table(given, what=f"probe '{name}'")
+    if not len(table):
+        raise StreamError(f"probe '{name}' has no rows: give at least one, or leave it out.")
+    if "labels" in table.names:
+        try:
+            table.column("labels")
+        except StreamError as error:
+            raise StreamError(
+                f"probe '{name}' has labels that are no numbers: give class ids, as `class_names` counts them from 0."
+            ) from error
+    return table
 
 
 def _state(one: _Set) -> dict[str, Any]:

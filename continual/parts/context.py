@@ -101,7 +101,13 @@ class TrainingContext:
         """Which classes compete in training for these rows: bool (K,) or (B, K), None for all."""
         if self.objective != "classification":
             return None
-        return active_classes(self.competition, self._owner_K, batch["labels"], all_seen=self._all_seen)
+        return active_classes(
+            self.competition,
+            self._owner_K,
+            batch["labels"],
+            all_seen=self._all_seen,
+            current=self.experience_index,
+        )
 
     def active_at_test(self, batch: Batch) -> Tensor | None:
         """Which classes compete when rows are measured: those of the row's experience in the task scenario, else all seen."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from continual.errors import StreamError, quoted
-from continual.streams.content import Keys, finite_rows, row_keys
+from continual.streams.content import Keys, feature_names, finite_rows, row_keys
 from continual.streams.experience import Experience
 from continual.streams.sources.rows import PARTS
 from continual.streams.stream import Stream
@@ -43,17 +43,41 @@ def require_stream(stream: Stream) -> None:
         raise StreamError(f"the stream '{stream.name}': {found[0]}{more}")
 
 
+def require_experience(experience: Experience) -> None:
+    """Raise :class:`StreamError` for what :func:`check_stream` would find in one experience that arrives by itself.
+
+    It may lack a test set.
+    """
+    found = [*_experience(experience, test_needed=False), *_leaks([experience])]
+    if found:
+        more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
+        raise StreamError(f"{found[0]}{more}")
+
+
+def shared_rows(table: Table, others: Mapping[int, Table]) -> dict[int, int]:
+    """For each of ``others`` that has the same columns: how many rows of ``table`` it holds, by tokens or content."""
+    found = {}
+    for index, other in others.items():
+        tokens = "input_ids" in table.names and "input_ids" in other.names
+        columns = ("input_ids",) if tokens else feature_names(table)
+        if len(table) and len(other) and (tokens or feature_names(other) == columns):
+            count = int(np.isin(row_keys(table, columns), row_keys(other, columns)).sum())
+            if count:
+                found[index] = count
+    return found
+
+
 def _names(experiences: list[Experience]) -> Iterator[str]:
     for name, count in Counter(experience.name for experience in experiences).items():
         if count > 1:
             yield f"{count} experiences are called '{name}': give each its own name."
 
 
-def _experience(experience: Experience) -> Iterator[str]:
+def _experience(experience: Experience, *, test_needed: bool = True) -> Iterator[str]:
     where = f"experience '{experience.name}'"
     if len(experience.train) == 0:
         yield f"{where} has no training rows: leave it out or give it some."
-    if experience.test is None or len(experience.test) == 0:
+    if test_needed and (experience.test is None or len(experience.test) == 0):
         yield f"{where} has no test rows: without them nothing can be said of what is remembered; give it some."
     for part in PARTS:
         table: Table | None = getattr(experience, part)

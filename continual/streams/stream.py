@@ -63,7 +63,7 @@ class Stream(Sequence[Experience]):
         self.name, self.summary, self.scenario, self.objective = name, summary, scenario, objective
         self.class_names, self.model, self.open = class_names, model, open
         self._identity = identity or {}
-        self._fingerprint: str | None = None
+        self._digests = [hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode())]
 
     @classmethod
     def load(
@@ -221,7 +221,6 @@ class Stream(Sequence[Experience]):
             raise StreamError(f"the stream has an experience '{experience.name}' already: give this one another name.")
         self._slots.append(_Slot(experience))
         self.class_names = experience.class_names
-        self._fingerprint = None
         return experience
 
     def joint(self) -> Stream:
@@ -235,19 +234,24 @@ class Stream(Sequence[Experience]):
         slot = _Slot(self._joint)
         return self._like([slot], open=False, name=f"{self.name} (joint)")
 
-    def fingerprint(self) -> str:
-        """SHA-256 over how the stream was made and what every row holds; the same wherever the files lie."""
-        if self._fingerprint is None:
-            digest = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode())
-            for experience in self:
-                head = (experience.name, experience.scenario, experience.objective, experience.classes)
-                digest.update(json.dumps([*head, experience.class_names]).encode())
-                for part in PARTS:
-                    table: Table | None = getattr(experience, part)
-                    if table is not None and len(table):
-                        digest.update(part.encode() + row_keys(table).tobytes() + labels_key(table))
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+    def fingerprint(self, experiences: int | None = None) -> str:
+        """SHA-256 over how the stream was made and what every row holds; the same wherever the files lie.
+
+        Args:
+            experiences: of the first so many only, which what is appended later does not change; None for all.
+        """
+        wanted = len(self) if experiences is None else experiences
+        for index in range(len(self._digests) - 1, wanted):
+            digest = self._digests[-1].copy()
+            experience = self[index]
+            head = (experience.name, experience.scenario, experience.objective, experience.classes)
+            digest.update(json.dumps([*head, experience.class_names]).encode())
+            for part in PARTS:
+                table: Table | None = getattr(experience, part)
+                if table is not None and len(table):
+                    digest.update(part.encode() + row_keys(table).tobytes() + labels_key(table))
+            self._digests.append(digest)
+        return self._digests[wanted].hexdigest()
 
     def _joint(self) -> Experience:
         experiences = list(self)
