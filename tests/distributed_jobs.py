@@ -1,13 +1,12 @@
 """What the tests of several processes run: each job in every process, and once more alone, to be compared.
 
-``python distributed_jobs.py FOLDER`` is one of the processes. It does every job of :data:`JOBS` and saves what each gave
-as ``FOLDER/results/<job>/<rank>``; files that a job shares with the other processes lie under ``FOLDER/work/<job>``.
+:func:`main` is one of the processes. It does every job of :data:`JOBS` and saves what each gave as
+``FOLDER/results/<job>/<rank>``; files that a job shares with the other processes lie under ``FOLDER/work/<job>``.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -22,6 +21,7 @@ import continual.learner.saving as saving
 import continual.run as run
 from continual import Learner, Strategy
 from continual.errors import ContinualError
+from continual.learner.core import trackers
 from continual.models.model import Model
 from continual.models.output import Output
 from continual.models.transformer import LanguageModel, PooledTransformer
@@ -124,15 +124,19 @@ def coupled(folder: Path) -> State:
 
 
 class Forked(nn.Module):
-    """Each row goes one of two ways, so that a process may have a gradient that another one lacks; one layer is unused."""
+    """Each row goes one of two ways, so that a process may have a gradient that another one lacks.
+
+    One layer is never used, and one does not train.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.left, self.right, self.never = nn.Linear(5, 3), nn.Linear(5, 3), nn.Linear(5, 3)
+        self.fixed = nn.Linear(5, 5).requires_grad_(False)
 
     def forward(self, inputs: Tensor) -> Tensor:
         goes_left = inputs[:, 0] > 0.7
-        logits = inputs.new_zeros(len(inputs), 3)
+        inputs, logits = self.fixed(inputs), inputs.new_zeros(len(inputs), 3)
         for side, rows in ((self.left, goes_left), (self.right, ~goes_left)):
             if bool(rows.any()):
                 logits = logits.index_put((rows.nonzero().flatten(),), side(inputs[rows]))
@@ -149,7 +153,6 @@ def own_module(folder: Path) -> State:
     learner._model_spec = model
     generator = torch.Generator().manual_seed(0)
     learner.update((torch.randn(30, 5, generator=generator), torch.arange(30) % 3))
-    assert torch.equal(dict(model.named_parameters())["never.weight"], model.never.weight)
     return state_of(learner)
 
 
@@ -220,6 +223,19 @@ def adapted(family: Literal["bert", "llama"], **parts: Any) -> Callable[[Path], 
     return job
 
 
+def divided(folder: Path) -> State:
+    """How many rows went through the model in this process, and what dropout made of rows that are all the same."""
+    seen: list[Tensor] = []
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(40, 2, bias=False))
+    model.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.detach()) if module.training else None
+    )
+    learner = learner_for(Strategy.load({"training": TRAINING}))
+    learner._model_spec = model
+    update = learner.update((torch.ones(25, 40), torch.arange(25) % 2))
+    return {"rows": [len(output) for output in seen], "all": update.rows, "first": seen[0], "second": seen[1]}
+
+
 def uncut(folder: Path) -> State:
     """With dropout, which each process draws for itself."""
     learner = learner_for("rehearsal", folder=folder / "checkpoint", save_every=3)
@@ -258,12 +274,17 @@ def cells(folder: Path) -> State:
     told: list[str] = []
     out = folder / "cell"
     options: dict[str, Any] = {"seed": 2, "out": out, "device": "cpu", "save_every": 5, "progress": False}
+    options["track"] = "tensorboard" if "tensorboard" in trackers() else None
     options["on_update"] = lambda update: told.append(update.name)
     mlp = {"kind": "mlp", "hidden": [8]}
     strategy = {"adapter": {"kind": "lora", "rank": 2}, "training": {**TRAINING, "epochs": 1}}
     try:
         first = run.run_cell("split-digits", strategy, model=mlp, **options)
-        there = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.name != ".lock")
+        there = sorted(
+            path.relative_to(out).as_posix()
+            for path in out.rglob("*")
+            if path.name != ".lock" and "tracking" not in path.parts
+        )
         again = run.run_cell("split-digits", strategy, model=mlp, resume=True, **options)
         refused = said(lambda: run.run_cell("split-digits", strategy, model=mlp, **options))
         lock = FileLock(folder / "cell" / ".lock")
@@ -276,6 +297,7 @@ def cells(folder: Path) -> State:
             setattr(module, name, writer)
     return {
         "told": told,
+        "tracked": len(list((out / "tracking").rglob("events.*"))) if options["track"] else None,
         "files": there,
         "processes": first["provenance"]["processes"],
         "matrix": first["matrix"],
@@ -293,7 +315,7 @@ def mistakes(folder: Path) -> State:
     plain = Strategy.load({"training": TRAINING})
     inputs, labels = torch.randn(16, 5, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3
     spoilt = inputs.clone()
-    spoilt[3, 0] = torch.nan
+    spoilt[3] = 3e38
     (folder / "file").touch()
     found = {
         "not finite": said(lambda: learner_for(plain).update((spoilt, labels))),
@@ -338,7 +360,15 @@ AS_ONE: dict[str, Callable[[Path], State]] = {
     "adalora": adapted("bert", adapter=ADALORA, penalty={"kind": "ewc", "strength": 10.0}),
 }  # fmt: skip
 """Jobs that give in several processes what they give in one."""
-JOBS = {**AS_ONE, "batch norm": batch_norm, "uncut": uncut, "cut": cut, "cells": cells, "mistakes": mistakes}
+JOBS = {
+    **AS_ONE,
+    "batch norm": batch_norm,
+    "divided": divided,
+    "uncut": uncut,
+    "cut": cut,
+    "cells": cells,
+    "mistakes": mistakes,
+}
 
 
 def do(job: str, folder: Path) -> State:
@@ -350,7 +380,3 @@ def do(job: str, folder: Path) -> State:
 def main(folder: Path) -> None:
     for job in JOBS:
         save_state(folder / "results" / job / str(RANK), do(job, folder))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
