@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from continual.errors import StateError, quoted
+from continual.monitor.metrics import defined, intransigence
 from continual.monitor.statistics import seed_interval
 from continual.report.load import Result
 
@@ -181,6 +182,7 @@ def _stream(name: str, runs: list[Result]) -> StreamSummary:
     columns = sorted({len(run.experiences) for run in runs})
     if len(columns) > 1:
         raise StateError(f"the runs of '{name}' have different numbers of experiences ({columns}): report them apart.")
+    runs = _with_intransigence(runs)
     by_strategy: dict[str, list[Result]] = {}
     for run in runs:
         by_strategy.setdefault(run.strategy, []).append(run)
@@ -257,6 +259,32 @@ def _probes(runs: list[Result]) -> dict[str, tuple[float | None, float | None]]:
 def _mean(values: Iterable[float | None]) -> float | None:
     measured = [value for value in values if value is not None and not math.isnan(value)]
     return float(np.mean(measured)) if measured else None
+
+
+def _with_intransigence(runs: list[Result]) -> list[Result]:
+    """The runs with their intransigence, where a joint run of the same seed is among them; of the best joint strategy."""
+    joint: dict[str, dict[int, Result]] = {}
+    for run in runs:
+        if run.joint and run.metrics.accuracy is not None:
+            joint.setdefault(run.strategy, {})[run.seed] = run
+    if not joint:
+        return runs
+    best = max(
+        joint.values(), key=lambda found: float(np.mean([run.metrics.accuracy or 0.0 for run in found.values()]))
+    )
+
+    def measured(run: Result) -> Result:
+        if run.joint or not run.matrix or run.seed not in best or run.metrics.intransigence is not None:
+            return run
+        R, reference = _floats(run.matrix), _floats(best[run.seed].matrix)[-1]
+        value = defined(intransigence(R, reference))
+        return run.model_copy(update={"metrics": run.metrics.model_copy(update={"intransigence": value})})
+
+    return [measured(run) for run in runs]
+
+
+def _floats(matrix: Sequence[Sequence[float | None]]) -> NDArray[np.float64]:
+    return np.array([[np.nan if cell is None else cell for cell in row] for row in matrix], dtype=np.float64)
 
 
 def _accuracy(summary: StrategySummary) -> float:

@@ -448,3 +448,21 @@ def test_cycle_begins_anew_when_the_memory_grows_and_goes_on_after_loading() -> 
     b.set_state(a.get_state())
     for _ in range(5):
         assert torch.equal(cycle.draw(4, 9, a), other.draw(4, 9, b))
+
+
+def test_cycle_draws_rows_of_a_length_and_still_each_place_once_a_walk() -> None:
+    generator, cycle = torch.Generator().manual_seed(0), Cycle()
+    lengths = torch.randint(1, 40, (23,), generator=torch.Generator().manual_seed(1))
+    seen = torch.zeros(23, dtype=torch.int64)
+    for draw in range(46):
+        width, walks = [5, 38, 12, 25][draw % 4], 5 * draw // 23
+        left = [place for place in range(23) if seen[place] == walks]
+        index = cycle.draw(5, 23, generator, lengths, width)
+        assert len(set(index.tolist())) == 5
+        if len(left) > 5:
+            fitting = sorted((int(lengths[place]) for place in left if lengths[place] <= width), reverse=True)[:5]
+            wanted = fitting if len(fitting) == 5 else sorted(int(lengths[place]) for place in left)[:5]
+            assert sorted(lengths[index].tolist()) == sorted(wanted)
+        seen[index] += 1
+        assert int(seen.max() - seen.min()) <= 1
+    assert seen.tolist() == [10] * 23

@@ -57,6 +57,18 @@ def test_strategies_stand_by_accuracy_and_matrices_are_means(make: Any, tmp_path
     assert "not run with the same seeds" in stream.warnings[0]
 
 
+def test_intransigence_is_measured_against_the_best_joint_run_of_the_same_seed(make: Any, tmp_path: Path) -> None:
+    make("ewc", 0, [[0.9, None], [0.1, 0.7]])
+    make("ewc", 1, [[0.8, None], [0.1, 0.6]])
+    make("joint", 0, [[0.95, 0.85]])
+    make("weak-joint", 0, [[0.5, 0.5]])
+    (stream,) = aggregate(load_results([tmp_path]))
+    found = {one.strategy: one.metrics["intransigence"] for one in stream.strategies}
+    assert found["joint"] is None and found["weak-joint"] is None
+    ewc = found["ewc"]
+    assert ewc is not None and ewc.count == 1 and ewc.mean == pytest.approx((0.05 + 0.15) / 2)
+
+
 def test_a_cell_that_one_seed_lacks_is_the_mean_of_the_others(make: Any, tmp_path: Path) -> None:
     make("a", 0, [[0.9, None], [0.5, 0.8]])
     make("a", 1, [[0.9, 0.3], [0.7, 0.8]])

@@ -82,6 +82,12 @@ class Memory:
         return self._order
 
     @property
+    def lengths(self) -> Tensor | None:
+        """Tokens of each row held, int32 CPU (N,); None where rows have no tokens."""
+        lengths_C = self._lengths.get("input_ids")
+        return None if lengths_C is None else lengths_C[: self._count]
+
+    @property
     def elastic(self) -> bool:
         """Whether wider rows make fewer fit: bounded in bytes, with token columns."""
         return self.byte_limit is not None and any(form.tokens for form in self.forms.values())

@@ -139,7 +139,9 @@ class Rehearsal(Part):
         self.shortfall += wanted - count
         if not count:
             return batch
-        index_B = self.cycle.draw(count, held, context.randomness.generator("replay"))
+        lengths_N = self.memory.lengths
+        width = 0 if lengths_N is None else batch["input_ids"].shape[1]
+        index_B = self.cycle.draw(count, held, context.randomness.generator("replay"), lengths_N, width)
         replayed = to_device(self.memory.batch(index_B), batch["labels"].device)
         lacking = batch.keys() - replayed.keys()
         if lacking:
