@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from battery import MODEL, CutOff, _cut_after, learner_for, tiny_stream
+from battery import MODEL, CutOff, _cut_after, learner_for, small, tiny_stream
 from filelock import FileLock
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
@@ -45,10 +45,14 @@ def state_of(learner: Learner) -> State:
     }
 
 
+def one_epoch(name: str) -> Strategy:
+    return Strategy.load(small(name), overrides={"training.epochs": 1})
+
+
 def named(name: str) -> Callable[[Path], State]:
     def job(folder: Path) -> State:
-        learner = learner_for(name)
-        learner.run(tiny_stream())
+        learner = learner_for(one_epoch(name))
+        learner.run(tiny_stream(experiences=2))
         return state_of(learner)
 
     return job
@@ -60,13 +64,13 @@ def accumulate(folder: Path) -> State:
         {
             "replay": {"kind": "rehearsal", "capacity": 20, "insert": "step", "weighting": "experiences"},
             "training": {
-                "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.1, "batch_size": 7, "epochs": 2, "accumulate": 3,
+                "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.1, "batch_size": 7, "epochs": 1, "accumulate": 3,
                 "clip": 0.5, "schedule": "cosine", "warmup": 0.1,
             },
         }
     )  # fmt: skip
     learner = learner_for(strategy)
-    learner.run(tiny_stream())
+    learner.run(tiny_stream(experiences=2))
     return state_of(learner)
 
 
@@ -115,7 +119,7 @@ def coupled(folder: Path) -> State:
         {
             "distillation": {"kind": "distributed_jobs:Coupled"},
             "replay": {"kind": "rehearsal", "capacity": 20},
-            "training": {**TRAINING, "lr": 0.01},
+            "training": {**TRAINING, "lr": 0.01, "epochs": 1},
         }
     )
     learner = learner_for(strategy)
@@ -238,26 +242,26 @@ def divided(folder: Path) -> State:
 
 def uncut(folder: Path) -> State:
     """With dropout, which each process draws for itself."""
-    learner = learner_for("rehearsal", folder=folder / "checkpoint", save_every=3)
+    learner = learner_for(one_epoch("rehearsal"), folder=folder / "checkpoint", save_every=5)
     learner._model_spec = {**MODEL, "dropout": 0.3}
-    learner.run(tiny_stream())
+    learner.run(tiny_stream(experiences=2))
     return state_of(learner)
 
 
 def cut(folder: Path) -> State:
     """The same as :func:`uncut`, thrown away three times and gone on with from what lies on the disk."""
     place = folder / "checkpoint"
-    learner = learner_for("rehearsal", folder=place, save_every=3)
+    learner = learner_for(one_epoch("rehearsal"), folder=place, save_every=5)
     learner._model_spec = {**MODEL, "dropout": 0.3}
-    for checkpoints in (4, 27, 30):
+    for checkpoints in (3, 5, 3):
         _cut_after(learner, checkpoints)
         try:
-            learner.run(tiny_stream())
+            learner.run(tiny_stream(experiences=2))
         except CutOff:
-            learner = Learner.load(place, folder=place, save_every=3, device="cpu", progress=False)
+            learner = Learner.load(place, folder=place, save_every=5, device="cpu", progress=False)
             continue
         raise AssertionError("it was to be cut off")
-    learner.run(tiny_stream())
+    learner.run(tiny_stream(experiences=2))
     return state_of(learner)
 
 
@@ -277,7 +281,7 @@ def cells(folder: Path) -> State:
     options["track"] = "tensorboard" if "tensorboard" in trackers() else None
     options["on_update"] = lambda update: told.append(update.name)
     mlp = {"kind": "mlp", "hidden": [8]}
-    strategy = {"adapter": {"kind": "lora", "rank": 2}, "training": {**TRAINING, "epochs": 1}}
+    strategy = {"adapter": {"kind": "lora", "rank": 2}, "training": {**TRAINING, "batch_size": 32, "epochs": 1}}
     try:
         first = run.run_cell("split-digits", strategy, model=mlp, **options)
         there = sorted(
