@@ -22,7 +22,11 @@ app = typer.Typer(
 
 Data = Annotated[
     Path | None,
-    typer.Option("--data", help="Folder with the data of the stream.", envvar="CONTINUAL_DATA", show_envvar=True),
+    typer.Option(
+        "--data",
+        help="The data of the stream, or the folder that holds them; nothing else is looked at. Without it: beside the "
+        "YAML file, the working folder, the folder in CONTINUAL_DATA.",
+    ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 …")]
 
@@ -110,7 +114,7 @@ def study_command(
         write_text(page, (folder / "report.html").read_text(encoding="utf-8"))
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     for outcome in failed:
-        print(f"failed: {outcome.cell.label}: {outcome.message}", file=sys.stderr)
+        print(f"continual: {outcome.cell.label} failed: {outcome.message}", file=sys.stderr)
     print(f"{len(outcomes) - len(failed)} of {len(outcomes)} cells done · {page or folder / 'report.html'}")
     if failed:
         raise typer.Exit(1)
@@ -176,7 +180,7 @@ def check_command(
         return
     findings = check_file(file, data=data, seed=seed)
     for sentence in findings.wrong:
-        print(sentence, file=sys.stderr)
+        print(f"continual: {sentence}", file=sys.stderr)
     for sentence in findings.right:
         print(sentence)
     if findings.wrong:
@@ -196,7 +200,7 @@ def main() -> NoReturn:
     """Console script: the user's mistakes are one sentence on standard error and status 1."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        app(prog_name="continual")
     except ContinualError as error:
         rank = os.environ.get("RANK", "0")
         print(f"continual{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
@@ -207,7 +211,35 @@ def main() -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except Exception as error:
+        print(f"continual: {_unforeseen(error)}", file=sys.stderr)
+        sys.exit(1)
     sys.exit(0)
+
+
+def _unforeseen(error: Exception) -> str:
+    """One sentence for an error that nobody put into words; its traceback goes to a file."""
+    import tempfile
+    import traceback
+    from contextlib import suppress
+
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in reason
+    ):
+        return f"there was not enough memory ({reason[:200]}): lower training.batch_size, or take a smaller model."
+    where = "could not be written to a file"
+    with (
+        suppress(OSError),
+        tempfile.NamedTemporaryFile("w", prefix="continual-", suffix=".txt", delete=False, encoding="utf-8") as file,
+    ):
+        where = f"is in '{file.name}'"
+        traceback.print_exception(error, file=file)
+    if isinstance(error, OSError):
+        return f"the system refused something ({reason}): mend that and run it again; the traceback {where}."
+    return f"it stopped with an error of its own ({reason}): the traceback {where}, please report it."
 
 
 def _settings(given: list[str] | None) -> dict[str, Any]:

@@ -59,13 +59,13 @@ def named(name: str) -> Callable[[Path], State]:
 
 
 def accumulate(folder: Path) -> State:
-    """Uneven shares, several forward passes a step, a clipped gradient, Adam, rows kept step by step, weighted rows."""
+    """Uneven shares, several passes a step, clipping, Adam, rows kept step by step and weighed, classes by place in the batch."""
     strategy = Strategy.load(
         {
             "replay": {"kind": "rehearsal", "capacity": 20, "insert": "step", "weighting": "experiences"},
             "training": {
                 "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.1, "batch_size": 7, "epochs": 1, "accumulate": 3,
-                "clip": 0.5, "schedule": "cosine", "warmup": 0.1,
+                "clip": 0.5, "schedule": "cosine", "warmup": 0.1, "active": "asymmetric",
             },
         }
     )  # fmt: skip
@@ -348,12 +348,22 @@ def said(work: Callable[[], Any]) -> str:
     return "nothing"
 
 
+NAMED = (
+    "naive",
+    "rehearsal",
+    "ewc-rehearsal",
+    "der-plus-plus",
+    "mir",
+    "agem",
+    "si",
+    "lwf",
+    "generative-replay",
+    "gaussian-replay",
+)
 LORA = {"kind": "lora", "rank": 2}
 ADALORA = {"kind": "adalora", "init_rank": 4, "target_rank": 2}
 AS_ONE: dict[str, Callable[[Path], State]] = {
-    "naive": named("naive"),
-    "rehearsal": named("rehearsal"),
-    "ewc-rehearsal": named("ewc-rehearsal"),
+    **{name: named(name) for name in NAMED},
     "accumulate": accumulate,
     "last batch of one": last_batch_of_one,
     "coupled": coupled,

@@ -89,8 +89,16 @@ class Parallel:
         with self._noise(turn):
             own = context.forward(mine)
         output = WholeOutput(own, rows, self.processes)
-        loss_B = whole(context.loss_rows(own, mine), rows, self.processes)
-        return output, context.terms(batch, output, loss_B)
+
+        def losses() -> Tensor:
+            new_rows = context.current_rows
+            context.current_rows = len(range(self.processes.rank, new_rows, self.processes.count))
+            try:
+                return whole(context.loss_rows(own, mine), rows, self.processes)
+            finally:
+                context.current_rows = new_rows
+
+        return output, context.terms(batch, output, losses)
 
     def average_gradients(self) -> None:
         """Put the mean over all processes into every gradient; None stays where no process has one."""

@@ -44,6 +44,7 @@ class Stream(Sequence[Experience]):
             classes.
         model: what to train where the user names no model: a name, settings, or None.
         open: whether experiences may be appended.
+        notes: what the user should know of the rows, such as how many were dropped.
     """
 
     def __init__(
@@ -57,11 +58,13 @@ class Stream(Sequence[Experience]):
         class_names: tuple[str, ...] = (),
         model: str | dict[str, Any] | None = None,
         open: bool = False,
+        notes: Sequence[str] = (),
         identity: dict[str, Any] | None = None,
     ) -> None:
         self._slots = [experience if isinstance(experience, _Slot) else _Slot(experience) for experience in experiences]
         self.name, self.summary, self.scenario, self.objective = name, summary, scenario, objective
         self.class_names, self.model, self.open = class_names, model, open
+        self.notes = tuple(notes)
         self._identity = identity or {}
         self._digests = [hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode())]
 
@@ -105,6 +108,7 @@ class Stream(Sequence[Experience]):
             objective=spec.objective,
             class_names=class_names,
             model=spec.model,
+            notes=rows.notes,
             identity=identity,
         )
 
@@ -262,17 +266,20 @@ class Stream(Sequence[Experience]):
             tables[part] = concat(present) if present else None
         train = tables["train"]
         assert train is not None
+        owner = {label: experience.index for experience in experiences for label in experience.classes}
+        classes = tuple(sorted(owner))
         return Experience(
             index=0,
             name="joint",
             train=train,
             valid=tables["valid"],
             test=tables["test"],
-            classes=tuple(sorted({c for experience in experiences for c in experience.classes})),
+            classes=classes,
             class_names=self.class_names,
             scenario=self.scenario,
             objective=self.objective,
             total_classes=self.total_classes,
+            owners=tuple(owner[label] for label in classes) if self.scenario == "task" else None,
         )
 
     def _like(self, slots: list[_Slot], *, open: bool, name: str | None = None) -> Stream:
@@ -285,6 +292,7 @@ class Stream(Sequence[Experience]):
             class_names=self.class_names,
             model=self.model,
             open=open,
+            notes=self.notes,
             identity=self._identity,
         )
 

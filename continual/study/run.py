@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from continual import provenance
 from continual.errors import StateError
+from continual.learner.core import resolve_device
 from continual.report.load import CELL, ERROR, RESULT, Failure, load_result
 from continual.state import write_text
 from continual.study.spec import Cell, Study
@@ -73,7 +74,7 @@ def run_study(
         One outcome for each cell, in the order of the study.
 
     Raises:
-        SpecError: something in the study is wrong; nothing has run.
+        SpecError: something in the study is wrong, or the device is not there; nothing has run.
         StateError: ``out`` cannot be written, another process runs a study there, or this is one of several processes.
     """
     assert workers >= 1
@@ -82,6 +83,7 @@ def run_study(
             "a study starts a process for each run by itself, and this is one of several that were started together: call "
             "it without torchrun or accelerate launch, or launch single runs with `continual run`."
         )
+    resolve_device(device)
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
