@@ -191,7 +191,7 @@ class Learner(Saving):
             trainer = Trainer(
                 self.context,
                 self.strategy.training,
-                self.accelerator,
+                self.processes,
                 save_every=self.save_every,
                 checkpoint=self._checkpoint if self.folder is not None else None,
                 log=self._log if self._tracking else None,
