@@ -169,6 +169,7 @@ class TrainingContext:
         self.experience, self.experience_index = experience, experience.index
         self.step, self.epoch, self.steps = 0, 0, steps
         for part in overriding(self.parts, "begin"):
+            self._parameters = None
             part(self, experience)
         if self.reserve_classes is not None:
             for part in self.parts:

@@ -37,7 +37,12 @@ class FakeContext:
         return loss_rows(self.objective, output.logits, batch, self.active(batch))
 
     def batches(
-        self, table: Table, *, limit: int | None = None, generator: torch.Generator | None = None
+        self,
+        table: Table,
+        *,
+        limit: int | None = None,
+        generator: torch.Generator | None = None,
+        gradients: bool = False,
     ) -> Iterator[Batch]:
         order = torch.arange(len(table)) if limit is None else torch.randperm(len(table), generator=generator)[:limit]
         yield from (table[index] for index in order.split(4))

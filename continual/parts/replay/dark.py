@@ -69,7 +69,6 @@ class Dark(Part):
     objectives: ClassVar[tuple[Objective, ...]] = ("classification", "regression")
     excludes: ClassVar[dict[str, str]] = {
         "replay": "it has a memory of its own, whose rows count in a loss of their own: leave the other one out.",
-        "head/nearest-mean": "its logits are not trained, so there is nothing to hold: take head/linear.",
     }
     settings: DarkSettings
 
