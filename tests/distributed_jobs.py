@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from battery import MODEL, CutOff, _cut_after, learner_for, small, tiny_stream
+from battery import MODEL, CutOff, _cut_after, learner_for, tiny_stream
 from filelock import FileLock
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
@@ -45,13 +45,9 @@ def state_of(learner: Learner) -> State:
     }
 
 
-def one_epoch(name: str) -> Strategy:
-    return Strategy.load(small(name), overrides={"training.epochs": 1})
-
-
 def named(name: str) -> Callable[[Path], State]:
     def job(folder: Path) -> State:
-        learner = learner_for(one_epoch(name))
+        learner = learner_for(name)
         learner.run(tiny_stream(experiences=2))
         return state_of(learner)
 
@@ -242,7 +238,7 @@ def divided(folder: Path) -> State:
 
 def uncut(folder: Path) -> State:
     """With dropout, which each process draws for itself."""
-    learner = learner_for(one_epoch("rehearsal"), folder=folder / "checkpoint", save_every=5)
+    learner = learner_for("rehearsal", folder=folder / "checkpoint", save_every=3)
     learner._model_spec = {**MODEL, "dropout": 0.3}
     learner.run(tiny_stream(experiences=2))
     return state_of(learner)
@@ -251,14 +247,14 @@ def uncut(folder: Path) -> State:
 def cut(folder: Path) -> State:
     """The same as :func:`uncut`, thrown away three times and gone on with from what lies on the disk."""
     place = folder / "checkpoint"
-    learner = learner_for(one_epoch("rehearsal"), folder=place, save_every=5)
+    learner = learner_for("rehearsal", folder=place, save_every=3)
     learner._model_spec = {**MODEL, "dropout": 0.3}
-    for checkpoints in (3, 5, 3):
+    for checkpoints in (4, 5, 3):
         _cut_after(learner, checkpoints)
         try:
             learner.run(tiny_stream(experiences=2))
         except CutOff:
-            learner = Learner.load(place, folder=place, save_every=5, device="cpu", progress=False)
+            learner = Learner.load(place, folder=place, save_every=3, device="cpu", progress=False)
             continue
         raise AssertionError("it was to be cut off")
     learner.run(tiny_stream(experiences=2))
