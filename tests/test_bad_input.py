@@ -254,7 +254,7 @@ FILES = [
     train_file("train.jsonl", lines(rows()) + lines([{"a": "x", "b": 1, "label": "a"}]), "'a' is not numeric"),
     train_file("train.jsonl", lines(rows()) + '{"x": 1}\n', "NaN or infinite (the first is row 24)"),
     train_file("train.jsonl", lines(rows()).replace('"label": "a"', '"label": "ä"').encode("latin-1"), "is not UTF-8"),
-    train_file("train.jsonl", bytes(range(256)), "could not be read"),
+    train_file("train.jsonl", bytes(range(256)), "is not UTF-8"),
     train_file("train.csv", csv(rows()).split("\n", 1)[1], "no column 'b'", "first line of a CSV file names"),
     train_file("train.csv", csv(rows()) + "1,2,a,9,9\n", "could not be read", "line 26", "mend the file"),
     train_file("train.csv", csv(rows()) + "1\n", "NaN or infinite (the first is row 24)"),
