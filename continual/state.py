@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,14 +138,15 @@ def recover_folder(folder: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old text or the new one."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         _flush(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise StateError(
             f"'{path}' could not be written ({error}): free some space or name another folder, then run it again."
         ) from error

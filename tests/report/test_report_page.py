@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import matplotlib
 import pytest
 
+from continual.errors import StateError
 from continual.report import (
     Failure,
     Result,
@@ -96,6 +97,18 @@ def test_the_same_runs_give_the_same_bytes_in_any_order(results: list[Result], t
     write_page(results[::-1], tmp_path / "page.html", "A study", summary="What it is for.")
     assert (tmp_path / "page.html").read_bytes() == text.encode()
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_a_place_that_cannot_be_written_is_said(results: list[Result], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for place in (tmp_path / "file" / "page.html", tmp_path / "file" / "in" / "page.html", tmp_path / "folder"):
+        with pytest.raises(StateError, match=re.escape(f"'{place}' could not be written")):
+            write_page(results[:1], place, "A study")
+    if Path("/proc").is_dir():
+        with pytest.raises(StateError, match="'/proc/x/page.html' could not be written"):
+            write_page(results[:1], Path("/proc/x/page.html"), "A study")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
 def test_the_table_holds_the_figures(text: str) -> None:
