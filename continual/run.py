@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from continual.errors import ContinualError, StateError
 from continual.learner import Learner, Update
 from continual.learner.core import resolve_device
+from continual.models.build import gives_features
 from continual.state import recover_folder, write_text
 from continual.strategy import Strategy
 from continual.streams.experience import Scenario
+from continual.streams.spec import read_stream_spec
 from continual.streams.stream import Stream
 
 SAVE_EVERY = 500
@@ -55,14 +57,17 @@ def run_cell(
         on_update: called with each :class:`~continual.learner.update.Update`.
 
     Raises:
+        CompositionError: parts that cannot work on this objective or model; no data has been read.
         StateError: ``out`` holds another run, or nothing to resume, or is in use.
     """
     out = Path(out)
     chosen = Strategy.load(strategy, overrides=overrides)
     chosen.name = strategy_name or chosen.name
     resolve_device(device)
+    spec, _ = read_stream_spec(stream)
+    base = model if model is not None else (spec.model or "mlp")
+    chosen.check(objective=spec.objective, gives_features=gives_features(base, spec.objective))
     loaded = Stream.load(stream, data=data, seed=seed, scenario=scenario)
-    base = model if model is not None else (loaded.model or "mlp")
     request = {
         "stream": loaded.name,
         "stream_fingerprint": loaded.fingerprint(),

@@ -51,6 +51,22 @@ def build_model(
     return model.to(torch.device(device))
 
 
+def gives_features(spec: str | Mapping[str, Any] | nn.Module, objective: Objective) -> bool:
+    """Whether the model that ``spec`` names gives features for a head, or logits itself; it need not be made for that.
+
+    Raises:
+        SpecError: an unknown kind or key.
+    """
+    if isinstance(spec, nn.Module):
+        return isinstance(spec, Model) and spec.gives_features
+    if isinstance(spec, Mapping) and spec.get("kind") == "object":
+        return False
+    settings = parse_model_spec(spec)
+    if isinstance(settings, PretrainedSpec):
+        return objective in _FEATURES
+    return isinstance(settings, MLPSpec)
+
+
 def _build(spec: str | Mapping[str, Any] | nn.Module, objective: Objective, example: Batch | None) -> Model:
     if isinstance(spec, Model):
         return spec

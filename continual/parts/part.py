@@ -134,6 +134,9 @@ class Part:
         own = type(self).__module__.startswith("continual.")
         return self.kind if own else f"{type(self).__module__}:{type(self).__qualname__}"
 
+    def check_objective(self, objective: Objective) -> None:
+        """Raise :class:`CompositionError` where its settings cannot work for one of ``objectives``; no data is there yet."""
+
     def attach(self, context: Context) -> None:
         """Called once, before any other hook and again after loading; the part keeps ``context``."""
         self.context = context

@@ -106,7 +106,7 @@ def test_a_place_that_cannot_be_written_is_said(results: list[Result], tmp_path:
         with pytest.raises(StateError, match=re.escape(f"'{place}' could not be written")):
             write_page(results[:1], place, "A study")
     if Path("/proc").is_dir():
-        with pytest.raises(StateError, match="'/proc/x/page.html' could not be written"):
+        with pytest.raises(StateError, match=r"'/proc/x/page\.html' could not be written"):
             write_page(results[:1], Path("/proc/x/page.html"), "A study")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from continual.errors import CompositionError, TrainingError
 from continual.models.lowrank import adapted_layers, effective_weight, is_adaptive
+from continual.objective import Objective
 from continual.parts.part import Context, Part, Slot
 from continual.parts.penalty.fisher import Space, diagonal_fisher, tracked
 from continual.parts.penalty.fisher_labels import Labels, check_labels
@@ -92,6 +93,10 @@ class EWC(Part):
     def attach(self, context: Context) -> None:
         super().attach(context)
         self._held = None
+
+    def check_objective(self, objective: Objective) -> None:
+        """Refuse labels that mean nothing for the objective."""
+        check_labels(self.settings.labels, objective)
 
     def begin(self, context: Context, experience: Experience) -> None:
         """Refuse what cannot work before anything is trained.

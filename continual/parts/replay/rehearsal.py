@@ -17,6 +17,7 @@ from torch import Tensor
 
 from continual.errors import CompositionError, StreamError, quoted
 from continual.models.output import Output
+from continual.objective import Objective
 from continual.parts.part import Context, Part, Slot
 from continual.parts.replay.columns import parse_bytes
 from continual.parts.replay.cycle import Cycle
@@ -99,6 +100,15 @@ class Rehearsal(Part):
         self._seeded = False
         self._weight: tuple[tuple[int, int, int, torch.device], Tensor] | None = None
 
+    def check_objective(self, objective: Objective) -> None:
+        """Refuse ``class-balanced`` where rows have no class."""
+        if self.settings.select == "class-balanced" and objective != "classification":
+            instead = "" if self.settings.per_class is None else " with a capacity in place of per_class"
+            raise CompositionError(
+                f"{self.name} with select: class-balanced needs one class a row and the objective is {objective}: take "
+                f"select: reservoir{instead}."
+            )
+
     def attach(self, context: Context) -> None:
         super().attach(context)
         self.memory.to(context.device)
@@ -116,14 +126,9 @@ class Rehearsal(Part):
         if isinstance(self.settings.capacity, str) and not self.memory.forms and len(experience.train):
             trial = Memory(self.settings.capacity, beside=BESIDE)
             trial.fit(_reader(experience.train)(torch.zeros(1, dtype=torch.int64)))
-        if self.settings.select != "class-balanced":
-            return
-        if experience.objective != "classification":
-            raise CompositionError(
-                f"{self.name} with select: class-balanced needs one class a row and the objective is "
-                f"{experience.objective}: take select: reservoir."
-            )
-        _check_classes(experience.train.column("labels"), self.name)
+        self.check_objective(experience.objective)
+        if self.settings.select == "class-balanced":
+            _check_classes(experience.train.column("labels"), self.name)
 
     def extend(self, batch: Batch) -> Batch:
         """The batch with rows of the memory after its own: round(current · share / (1 − share)), each at most once."""
