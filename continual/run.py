@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from continual.errors import ContinualError, StateError
 from continual.learner import Learner, Update
 from continual.learner.core import resolve_device
-from continual.models.build import gives_features
+from continual.models.build import base_on_disk, gives_features
 from continual.state import recover_folder, write_text
 from continual.strategy import Strategy
 from continual.streams.experience import Scenario
@@ -77,7 +77,7 @@ def run_cell(
         "model": base if isinstance(base, str | Mapping) else type(base).__qualname__,
     }
     with _alone(out):
-        finished = _look(out, request, resume)
+        finished = _look(out, request, resume, base)
         if finished is not None:
             return finished
         learner = _learner(
@@ -96,7 +96,7 @@ def run_cell(
     return run.result
 
 
-def _look(out: Path, request: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+def _look(out: Path, request: dict[str, Any], resume: bool, base: Any) -> dict[str, Any] | None:
     """The result of a finished run; None when there is something to do."""
     asked = out / "run.json"
     if not asked.is_file():
@@ -121,8 +121,19 @@ def _look(out: Path, request: dict[str, Any], resume: bool) -> dict[str, Any] | 
             found: dict[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
         except ValueError as error:
             raise StateError(f"'{out / 'result.json'}' is damaged ({error}): delete it and resume the run.") from error
+        _check_base(out, found, base)
         return found
     return None
+
+
+def _check_base(out: Path, result: dict[str, Any], base: Any) -> None:
+    """Refuse a finished run that was made on other weights than those that lie under the model's name now."""
+    there, now = result.get("provenance", {}).get("base_model_sha256"), base_on_disk(base)
+    if there is not None and now not in (None, there):
+        raise StateError(
+            f"'{out}' holds a run on another base model (SHA-256 {there[:12]}… there, {str(now)[:12]}… now): name another "
+            "out folder."
+        )
 
 
 def _learner(out: Path, base: Any, strategy: Strategy, seed: int, resume: bool, **options: Any) -> Learner:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 import transformers
 import yaml
 from battery import STRATEGIES, figures, learner_for, run_with_cuts, same_weights
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config
 
 from continual import Stream
-from continual.errors import CompositionError, SpecError
+from continual.errors import CompositionError, SpecError, StateError
 from continual.models.build import build_model, gives_features
 from continual.randomness import Randomness
 from continual.run import run_cell
@@ -105,6 +107,19 @@ def test_a_run_in_a_folder_exports_its_adapter(name: str, stream: Path, tmp_path
     )
     assert result["score"] == "log-likelihood per token" and len(result["matrix"]) == 3
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_a_finished_run_on_other_weights_is_not_given_back(stream: Path, folder: Path, tmp_path: Path) -> None:
+    model = tmp_path / "base"
+    shutil.copytree(folder, model)
+    given: dict[str, Any] = {"out": tmp_path / "run", "device": "cpu", "model": str(model), "progress": False}
+    given["overrides"] = {"training.epochs": 1}
+    result = run_cell(stream, "lm-lora", **given)
+    assert run_cell(stream, "lm-lora", resume=True, **given) == result
+    weights = load_file(model / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(StateError, match="holds a run on another base model"):
+        run_cell(stream, "lm-lora", resume=True, **given)
 
 
 REFUSED = [
