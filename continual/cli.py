@@ -104,8 +104,8 @@ def study_command(
         write_text(page, (folder / "report.html").read_text(encoding="utf-8"))
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     for outcome in (outcome for outcome in outcomes if outcome.message):
-        mark = "failed: " if outcome in failed else ""
-        print(f"{mark}{outcome.cell.label}: {outcome.message}", file=sys.stderr)
+        mark = " failed" if outcome in failed else ""
+        print(f"continual: {outcome.cell.label}{mark}: {outcome.message}", file=sys.stderr)
     print(f"{len(outcomes) - len(failed)} of {len(outcomes)} cells done · {page or folder / 'report.html'}")
     if failed:
         raise typer.Exit(1)
@@ -171,7 +171,7 @@ def check_command(
         return
     findings = check_file(file, data=data, seed=seed)
     for sentence in findings.wrong:
-        print(sentence, file=sys.stderr)
+        print(f"continual: {sentence}", file=sys.stderr)
     for sentence in findings.right:
         print(sentence)
     if findings.wrong:
@@ -191,7 +191,7 @@ def main() -> NoReturn:
     """Console script: the user's mistakes are one sentence on standard error and status 1."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        app(prog_name="continual")
     except ContinualError as error:
         print(f"continual: {error}", file=sys.stderr)
         sys.exit(1)
@@ -201,7 +201,35 @@ def main() -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except Exception as error:
+        print(f"continual: {_unforeseen(error)}", file=sys.stderr)
+        sys.exit(1)
     sys.exit(0)
+
+
+def _unforeseen(error: Exception) -> str:
+    """One sentence for an error that nobody put into words; its traceback goes to a file."""
+    import tempfile
+    import traceback
+    from contextlib import suppress
+
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in reason
+    ):
+        return f"there was not enough memory ({reason[:200]}): lower training.batch_size, or take a smaller model."
+    where = "could not be written to a file"
+    with (
+        suppress(OSError),
+        tempfile.NamedTemporaryFile("w", prefix="continual-", suffix=".txt", delete=False, encoding="utf-8") as file,
+    ):
+        where = f"is in '{file.name}'"
+        traceback.print_exception(error, file=file)
+    if isinstance(error, OSError):
+        return f"the system refused something ({reason}): mend that and run it again; the traceback {where}."
+    return f"it stopped with an error of its own ({reason}): the traceback {where}, please report it."
 
 
 def _settings(given: list[str] | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -39,9 +40,22 @@ def quoted(names: Iterable[object]) -> str:
     return ", ".join(f"'{name}'" for name in names)
 
 
-def unknown(what: str, found: object, allowed: Iterable[object]) -> str:
-    """One sentence for a name that is not among ``allowed``, with the nearest name when there is one."""
+def shown(value: object, length: int = 60) -> str:
+    """A value as sentences show it: cut to ``length``, and ``empty`` where there is none."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 3, length, length
+    text = "empty" if value is None else " ".join(short.repr(value).split())
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def unknown(what: str, found: object, allowed: Iterable[object], inside: str = "") -> str:
+    """One sentence for a name that is not among ``allowed`` (``inside`` what), with the nearest name when there is one."""
     names = [str(name) for name in allowed]
-    near = difflib.get_close_matches(str(found), names, n=1, cutoff=0.5)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    return f"unknown {what} '{found}': allowed are {quoted(sorted(names)) or 'none'}.{hint}"
+    where = f" in '{inside}'" if inside else ""
+    return f"unknown {what} '{found}'{where}: allowed are {quoted(sorted(names)) or 'none'}.{nearest(found, names)}"
+
+
+def nearest(found: object, names: Iterable[object]) -> str:
+    """``" Did you mean 'x'?"``, or nothing where no name is near."""
+    near = difflib.get_close_matches(str(found), [str(name) for name in names], n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""

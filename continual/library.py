@@ -37,4 +37,9 @@ def find_spec(kind: Kind, name: str | Path) -> Path:
     found = library_folder(kind) / f"{name}.yaml"
     if str(name) in library_names(kind):
         return found
-    raise SpecError(unknown({"strategies": "strategy", "streams": "stream"}[kind], name, library_names(kind)))
+    wanted, other = ("strategy", "stream") if kind == "strategies" else ("stream", "strategy")
+    if str(name) in library_names("streams" if kind == "strategies" else "strategies"):
+        raise SpecError(
+            f"'{name}' is a {other} and a {wanted} is wanted here: the stream comes first, then the strategy."
+        )
+    raise SpecError(unknown(wanted, name, library_names(kind)))

@@ -35,9 +35,10 @@ def loss_rows(objective: Objective, logits: Tensor, batch: Batch, active: Tensor
         active: bool (K,) or (B, K), the classes that compete; None when all do.
 
     Classification: cross-entropy. Regression: mean squared error over the outputs. Language models: mean cross-entropy
-    over the row's counted tokens (for ``causal-lm`` each token is predicted from those before it).
+    over the row's counted tokens (for ``causal-lm`` each token is predicted from those before it). Logits of half precision
+    are taken to float32 first.
     """
-    labels = batch["labels"]
+    labels, logits = batch["labels"], _full(logits)
     if objective == "classification":
         return F.cross_entropy(mask_logits(logits, active), labels, reduction="none", ignore_index=IGNORED)
     if objective == "regression":
@@ -53,7 +54,7 @@ def score_rows(objective: Objective, logits: Tensor, batch: Batch, active: Tenso
     ``log-likelihood per token`` and ``exact match`` (every counted token is the most likely one, which is the same as an
     exact match of greedy decoding).
     """
-    labels = batch["labels"]
+    labels, logits = batch["labels"], _full(logits)
     if objective == "classification":
         right_B = mask_logits(logits, active).argmax(-1) == labels
         return {PRIMARY[objective]: right_B.to(torch.float32)}
@@ -62,8 +63,9 @@ def score_rows(objective: Objective, logits: Tensor, batch: Batch, active: Tenso
     losses_BT, counted_BT = _token_losses(objective, logits, labels)
     shifted_logits, shifted_labels = _shift(objective, logits, labels)
     right_BT = (shifted_logits.argmax(-1) == shifted_labels) | ~counted_BT
+    some_B = counted_BT.any(1)
     mean_B = losses_BT.sum(1) / counted_BT.sum(1).clamp(min=1)
-    return {PRIMARY[objective]: -mean_B.float(), "exact match": right_BT.all(1).to(torch.float32)}
+    return {PRIMARY[objective]: -mean_B.float(), "exact match": (right_BT.all(1) & some_B).to(torch.float32)}
 
 
 def mask_logits(logits: Tensor, active: Tensor | None) -> Tensor:
@@ -72,28 +74,45 @@ def mask_logits(logits: Tensor, active: Tensor | None) -> Tensor:
 
 
 def active_classes(
-    competition: Competition, owner_K: Tensor, labels_B: Tensor, *, all_seen: bool, current: int = -1
+    competition: Competition,
+    owner_K: Tensor,
+    labels_B: Tensor,
+    *,
+    all_seen: bool,
+    current: int = -1,
+    new_rows: int | None = None,
 ) -> Tensor | None:
     """Which classes compete for each row: bool (K,), (B, K), or None for all.
 
     Args:
         competition: ``seen`` every class met so far, ``experience`` those of the experience that the row's class
-            belongs to, ``all`` every output there is, ``asymmetric`` those of the current experience for a row of it and
-            every class met so far for a row of an earlier one (Caccia et al. 2022, arXiv 2104.05025, eq. 3, where the
-            classes of the batch stand in place of those of the experience).
+            belongs to, ``all`` every output there is, ``asymmetric`` those of the current experience for a new row and
+            every class met so far for a replayed one (Caccia et al. 2022, arXiv 2104.05025, eq. 3, where the classes of
+            the batch stand in place of those of the experience).
         owner_K: int64 (K,), the experience that a class belongs to (the latest one), -1 for one not yet met.
-        labels_B: int64 (B,), -100 allowed.
+        labels_B: int64 (B,), -100 and classes without an output allowed.
         all_seen: whether no entry of ``owner_K`` is -1, known without asking the device.
         current: the experience under way.
+        new_rows: how many rows at the head of the batch are new; None tells them by the experience of their class.
     """
+    owner_B = (
+        owner_K[labels_B.clamp(min=0, max=len(owner_K) - 1)] if competition in ("asymmetric", "experience") else owner_K
+    )
     if competition == "asymmetric":
-        new_B = owner_K[labels_B.clamp(min=0)] == current
+        new_B = owner_B == current
+        if new_rows is not None:
+            new_B = new_B & (torch.arange(len(labels_B), device=labels_B.device) < new_rows)
         return torch.where(new_B[:, None], owner_K == current, owner_K >= 0)
     if competition == "experience":
-        return owner_K == owner_K[labels_B.clamp(min=0)][:, None]
+        return owner_K == owner_B[:, None]
     if competition == "seen" and not all_seen:
         return owner_K >= 0
     return None
+
+
+def _full(logits: Tensor) -> Tensor:
+    """Logits of half precision in float32: a bf16 cross-entropy rounds small losses to 0 and ties the best classes."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 def _outputs(logits: Tensor) -> Tensor:
@@ -116,5 +135,5 @@ def _shift(objective: Objective, logits: Tensor, labels: Tensor) -> tuple[Tensor
 
 def _token_losses(objective: Objective, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     logits, labels = _shift(objective, logits, labels)
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=IGNORED)
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
     return losses.view(labels.shape), labels != IGNORED

@@ -29,10 +29,12 @@ class Randomness:
 
     Args:
         seed: the root seed, any integer.
+        device: a CUDA device whose generator frameworks draw from as well; those of other devices are left alone.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, device: torch.device | None = None) -> None:
         self.seed = int(seed)
+        self._device = device if device is not None and device.type == "cuda" else None
         self._generators: dict[str, torch.Generator] = {}
         self._framework: dict[str, Any] | None = None
         self._inside = False
@@ -45,26 +47,28 @@ class Randomness:
 
     @contextmanager
     def framework(self) -> Iterator[None]:
-        """Run a block under our own global generators (torch CPU and CUDA, numpy, random); the user's are put back."""
+        """Run a block under our own global generators (torch CPU and our CUDA device, numpy, random); the user's are put
+        back.
+        """
         if self._inside:
             yield
             return
-        users = _read_globals()
+        users = _read_globals(self._device)
         self._inside = True
         try:
             if self._framework is None:
-                _seed_globals(derive_seed(self.seed, "framework"))
+                _seed_globals(derive_seed(self.seed, "framework"), self._device)
             else:
-                _write_globals(self._framework)
+                _write_globals(self._framework, self._device)
             yield
         finally:
-            self._framework = _read_globals()
+            self._framework = _read_globals(self._device)
             self._inside = False
-            _write_globals(users)
+            _write_globals(users, self._device)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values; correct also when called inside :meth:`framework`."""
-        framework = _read_globals() if self._inside else self._framework
+        framework = _read_globals(self._device) if self._inside else self._framework
         return {
             "seed": self.seed,
             "generators": {name: generator.get_state() for name, generator in sorted(self._generators.items())},
@@ -80,25 +84,24 @@ class Randomness:
             self._generators[name].set_state(value)
         self._framework = state["framework"]
         if self._inside and self._framework is not None:
-            _write_globals(self._framework)
+            _write_globals(self._framework, self._device)
 
 
-def _seed_globals(seed: int) -> None:
+def _seed_globals(seed: int, device: torch.device | None) -> None:
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed_all(seed)
+    if device is not None:
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - the legacy generator is the one that libraries draw from
     random.seed(seed)
 
 
-def _read_globals() -> dict[str, Any]:
+def _read_globals(device: torch.device | None) -> dict[str, Any]:
     python = random.getstate()
     legacy: Any = np.random.get_state(legacy=True)  # noqa: NPY002
-    started = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    cuda = torch.cuda.get_rng_state_all() if started else []
     return {
         "torch": torch.get_rng_state(),
-        "cuda": list(cuda),
+        "cuda": [] if device is None else [torch.cuda.get_rng_state(device)],
         "python": {"version": python[0], "words": torch.tensor(python[1], dtype=torch.int64), "gauss": python[2]},
         "numpy": {
             "keys": torch.from_numpy(np.asarray(legacy[1]).astype(np.int64)),
@@ -109,11 +112,11 @@ def _read_globals() -> dict[str, Any]:
     }
 
 
-def _write_globals(state: dict[str, Any]) -> None:
+def _write_globals(state: dict[str, Any], device: torch.device | None) -> None:
     torch.set_rng_state(state["torch"])
     cuda: list[Tensor] = list(state["cuda"])
-    if cuda and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(cuda)
+    if cuda and device is not None:
+        torch.cuda.set_rng_state(cuda[0], device)
     python = state["python"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     legacy = state["numpy"]

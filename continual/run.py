@@ -17,11 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from continual.errors import ContinualError, StateError
+from continual.errors import ContinualError, StateError, shown
 from continual.learner import Learner, Update
+from continual.learner.checkpoint import check_same
 from continual.learner.core import resolve_device
 from continual.models.build import base_on_disk, gives_features
-from continual.state import recover_folder, write_text
+from continual.models.spec import parse_model_spec
+from continual.state import check_seal, recover_folder, sweep, write_text
 from continual.strategy import Strategy
 from continual.streams.experience import Scenario
 from continual.streams.spec import read_stream_spec
@@ -76,10 +78,13 @@ def run_cell(
         "seed": seed,
         "model": base if isinstance(base, str | Mapping) else type(base).__qualname__,
     }
+    if resume and not (out / "run.json").is_file():
+        raise StateError(f"there is no run to resume in '{out}': leave --resume out to begin one.")
     with _alone(out):
         finished = _look(out, request, resume, base)
         if finished is not None:
             return finished
+        sweep(out)
         learner = _learner(
             out, base, chosen, seed, resume, device=device, save_every=save_every, track=track, progress=progress
         )
@@ -100,49 +105,84 @@ def _look(out: Path, request: dict[str, Any], resume: bool, base: Any) -> dict[s
     """The result of a finished run; None when there is something to do."""
     asked = out / "run.json"
     if not asked.is_file():
-        if resume:
-            raise StateError(f"there is no run to resume in '{out}': leave --resume out to begin one.")
         if (out / "result.json").exists():
             raise StateError(f"'{out}' holds a result of something else: name another out folder.")
         return None
-    try:
-        known = json.loads(asked.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StateError(f"'{asked}' is damaged ({error}): name another out folder.") from error
+    known = _read(asked, "name another out folder.")
     for key, value in request.items():
         if known.get(key) != json.loads(json.dumps(value)):
-            raise StateError(
-                f"'{out}' holds another run ({key}: {known.get(key)!r} there, {value!r} asked for): name another out folder."
-            )
+            found = f"{key}: {shown(known.get(key))} there, {shown(value)} asked for"
+            if key.endswith("_fingerprint"):
+                what = key.removesuffix("_fingerprint")
+                found = (
+                    f"of the same {what} '{request[what]}', but its settings{' or rows' * (what == 'stream')} differ"
+                )
+            raise StateError(f"'{out}' holds another run ({found}): name another out folder.")
     if not resume:
         raise StateError(f"'{out}' holds this run already: add --resume to go on with it, or name another out folder.")
     if (out / "result.json").is_file():
-        try:
-            found: dict[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise StateError(f"'{out / 'result.json'}' is damaged ({error}): delete it and resume the run.") from error
-        _check_base(out, found, base)
-        return found
+        result = _read(out / "result.json", "delete it and resume the run.")
+        _check_base(out, result, base)
+        return result
     return None
 
 
 def _check_base(out: Path, result: dict[str, Any], base: Any) -> None:
     """Refuse a finished run that was made on other weights than those that lie under the model's name now."""
-    there, now = result.get("provenance", {}).get("base_model_sha256"), base_on_disk(base)
+    origin, now = result.get("provenance"), base_on_disk(base)
+    there = origin.get("base_model_sha256") if isinstance(origin, dict) else None
     if there is not None and now not in (None, there):
         raise StateError(
-            f"'{out}' holds a run on another base model (SHA-256 {there[:12]}… there, {str(now)[:12]}… now): name another "
-            "out folder."
+            f"'{out}' holds a run on another base model (SHA-256 {shown(there, 20)} there, {shown(now, 20)} now): name another out "
+            "folder."
         )
+
+
+def _read(path: Path, advice: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StateError(f"'{path}' is damaged ({error}): {advice}") from error
+    if not isinstance(found, dict):
+        raise StateError(f"'{path}' is damaged (it holds {type(found).__name__}, not an object): {advice}")
+    return found
 
 
 def _learner(out: Path, base: Any, strategy: Strategy, seed: int, resume: bool, **options: Any) -> Learner:
     checkpoint = out / "checkpoint"
     recover_folder(checkpoint)
     if resume and checkpoint.exists():
-        given = base if isinstance(base, nn.Module) else None
-        return Learner.load(checkpoint, model=given, strategy=strategy, folder=checkpoint, **options)
+        try:
+            learner = Learner.load(checkpoint, model=base, strategy=strategy, folder=checkpoint, **options)
+        except StateError:
+            _check_whole(checkpoint)
+            raise
+        check_same("seed", learner.seed, seed)
+        _check_model(out, learner.model.spec, base)
+        return learner
     return Learner(base, strategy, seed=seed, folder=checkpoint, **options)
+
+
+def _check_whole(checkpoint: Path) -> None:
+    """Raise :class:`StateError` when a file of the checkpoint is damaged; there is no earlier one to fall back on."""
+    try:
+        check_seal(checkpoint)
+    except StateError as error:
+        cause = str(error).rpartition(": ")[0]
+        raise StateError(f"{cause}: delete '{checkpoint}' and resume, which begins the run again.") from error
+
+
+def _check_model(out: Path, saved: Mapping[str, Any], base: Any) -> None:
+    """Raise :class:`StateError` when a checkpoint is of another model than the one asked for."""
+    if isinstance(base, nn.Module):
+        return
+    asked = parse_model_spec(base).model_dump(mode="json", by_alias=True, exclude_unset=True)
+    there = json.loads(json.dumps({key: saved.get(key) for key in asked}))
+    if there != asked:
+        raise StateError(
+            f"the checkpoint in '{out}' is of another model ({shown(there)} there, {shown(asked)} asked for): resume it "
+            "with the model it was made with, or name another out folder."
+        )
 
 
 def _write(out: Path, learner: Learner, result: dict[str, Any]) -> None:

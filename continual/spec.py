@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from continual.errors import SpecError, quoted, unknown
+from continual.errors import SpecError, nearest, quoted, shown, unknown
+
+LARGEST = 100_000
+"""Values that a YAML file may have, what its aliases stand for counted each time."""
+
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "a mapping of keys to values",
+    "model": "a mapping of keys to values",
+}
 
 
 class Spec(BaseModel):
     """Base of every settings model: unknown keys and wrong types are refused, values never change after checking."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_switch_as_number(cls, content: Any) -> Any:
+        """YAML reads ``yes`` as true, which Python would take for 1."""
+        for name, field in cls.model_fields.items() if isinstance(content, Mapping) else ():
+            if isinstance(content.get(name), bool):
+                kinds = _kinds(field.annotation)
+                if (int in kinds or float in kinds) and bool not in kinds:
+                    raise ValueError(f"'{name}' is {content[name]}, and should be a number")
+        return content
 
 
 SpecT = TypeVar("SpecT", bound=BaseModel)
@@ -29,15 +54,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         SpecError: no such file, not YAML, or not a mapping.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"'{path}' could not be read ({error}): name a YAML file.") from error
+        content = _load(Path(path).read_text(encoding="utf-8"), path)
+    except UnicodeDecodeError as error:
+        raise SpecError(f"'{path}' is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8.") from error
+    except OSError as error:
+        raise SpecError(f"'{path}' could not be read ({error.strerror}): name a YAML file.") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise SpecError(f"'{path}' is not valid YAML ({' '.join(str(error).split())}): mend it there.") from error
+        raise SpecError(f"'{path}' is not valid YAML ({_yaml_reason(error)}): mend it there.") from error
     if not isinstance(content, dict):
-        raise SpecError(
-            f"'{path}' holds {type(content).__name__}, not a mapping of keys to values: see `continual list`."
-        )
+        found = "is empty" if content is None else "holds a list" if isinstance(content, list) else "holds one value"
+        raise SpecError(f"'{path}' {found}: write lines of 'key: value'.")
     return content
 
 
@@ -46,7 +72,7 @@ def parse(model: type[SpecT], content: Any, where: str) -> SpecT:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise SpecError(f"{where}: {_sentence(model, error)}") from error
+        raise SpecError(f"{where}: {_sentence(model, content, error)}") from error
 
 
 def load_object(reference: str, where: str) -> Any:
@@ -66,26 +92,110 @@ def load_object(reference: str, where: str) -> Any:
         ) from error
 
 
-def _sentence(model: type[BaseModel], error: ValidationError) -> str:
+def _sentence(model: type[BaseModel], content: Any, error: ValidationError) -> str:
     first = error.errors()[0]
-    path = ".".join(str(step) for step in first["loc"]) or "the whole"
-    more = f" ({error.error_count() - 1} more after it)" if error.error_count() > 1 else ""
+    steps = _steps(content, first["loc"])
+    path = ".".join(steps) or "the whole"
+    others = {tuple(_steps(content, other["loc"])) for other in error.errors()} - {tuple(steps)}
+    more = f" ({len(others)} more after it)" if others else ""
     if first["type"] == "extra_forbidden":
         allowed = _fields(model, first["loc"][:-1])
-        parent = ".".join(str(step) for step in first["loc"][:-1])
-        return unknown(f"key in '{parent}'" if parent else "key", first["loc"][-1], allowed) + more
+        return unknown("key", first["loc"][-1], allowed, inside=".".join(steps[:-1])) + more
     if first["type"] == "missing":
         return f"the key '{path}' is missing: add it{more}."
     found = first.get("input")
     near = ""
     if first["type"] == "literal_error" and isinstance(found, str):
         names = [name.strip(" '") for name in first["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        close = difflib.get_close_matches(found, names, n=1, cutoff=0.5)
-        near = f" Did you mean '{close[0]}'?" if close else ""
+        near = nearest(found, names)
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
-    if not first["loc"] and first["type"] == "value_error":
-        return f"{message}.{more}"
-    return f"the key '{path}' is {found!r}, which is not allowed: {message}.{near}{more}"
+    if first["type"] == "value_error" and (not steps or isinstance(found, Mapping)):
+        return f"the key '{path}': {message}.{more}" if steps else f"{message}.{more}"
+    kind, _, problem = first["type"].partition("_")
+    if problem in ("type", "parsing", "from_float", "attributes_type") and kind in _EXPECTED:
+        message = f"should be {_EXPECTED[kind]}"
+    return f"the key '{path}' is {shown(found)}, which is not allowed: {message}.{near}{more}"
+
+
+def _steps(content: Any, location: tuple[int | str, ...]) -> list[str]:
+    """The keys on the way to a mistake, without the names that pydantic gives to the members of a union."""
+    steps, current = [], content
+    for step in location:
+        if isinstance(current, Mapping) and step in current:
+            current = current[step]
+        elif isinstance(step, int) and isinstance(current, list | tuple):
+            current = current[step] if step < len(current) else None
+        elif not (isinstance(current, Mapping) and step == location[-1] and _plain(step)):
+            continue
+        steps.append(str(step))
+    return steps
+
+
+def _plain(step: int | str) -> bool:
+    return isinstance(step, str) and step.isidentifier() and step not in ("str", "int", "float", "bool")
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The plain types that an annotation is made of."""
+    inside = get_args(annotation)
+    return [kind for one in inside for kind in _kinds(one)] if inside else [annotation]
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which takes the last of two keys of one name; this one refuses them."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        met = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in met:
+                    problem = f"the key '{key.value}' is there twice"
+                    raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+                met.add(key.value)
+        return node
+
+
+def _load(text: str, path: Path) -> Any:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        size = _weight(node, {}, set())
+        if size > LARGEST:
+            raise SpecError(
+                f"'{path}' stands for {size} values through its aliases, and {LARGEST} are allowed: write out what is "
+                "meant."
+            )
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _weight(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
+    """How many values a node stands for."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) in above:
+        raise yaml.composer.ComposerError(None, None, "an alias stands for what it is a part of", node.start_mark)
+    if id(node) not in known:
+        above.add(id(node))
+        pairs = isinstance(node, yaml.MappingNode)
+        inside = [one for pair in node.value for one in pair] if pairs else node.value
+        known[id(node)] = 1 + sum(_weight(one, known, above) for one in inside)
+        above.remove(id(node))
+    return known[id(node)]
+
+
+def _yaml_reason(error: Exception) -> str:
+    """What the parser says, on one line, with the place in the file."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem or error.context}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return " ".join(str(error).split()).replace(' in "<unicode string>"', "")
 
 
 def _fields(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

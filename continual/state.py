@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     recover_folder(folder)
-    check_seal(folder)
+    check_seal(folder, {"state.json", "tensors.safetensors"})
     try:
         plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "tensors.safetensors")
@@ -91,8 +92,8 @@ def seal_folder(folder: Path) -> None:
     _flush(folder)
 
 
-def check_seal(folder: Path) -> None:
-    """Raise :class:`StateError` unless every file of ``folder`` is there and unchanged."""
+def check_seal(folder: Path, needed: Collection[str] = ()) -> None:
+    """Raise :class:`StateError` unless every file of ``folder`` is there and unchanged, and those ``needed`` are sealed."""
     if not (folder / _SEAL).is_file():
         raise StateError(f"'{folder}' holds no saved state: name a folder that was written by continual.")
     try:
@@ -100,6 +101,9 @@ def check_seal(folder: Path) -> None:
         items = [(str(name), str(digest)) for name, digest in digests.items()]
     except (ValueError, AttributeError) as error:
         raise StateError(f"the seal of '{folder}' is damaged ({error}): use an earlier state.") from error
+    loose = sorted(set(needed) - {name for name, _ in items})
+    if loose:
+        raise StateError(f"the seal of '{folder}' does not cover '{loose[0]}': do not trust this folder.")
     for name, digest in items:
         path = folder / name
         if Path(name).is_absolute() or not all(_SAFE_NAME.fullmatch(p) and p != ".." for p in Path(name).parts):
@@ -117,22 +121,35 @@ def replace_folder(temporary: Path, folder: Path) -> None:
         os.rename(folder, aside)
     os.rename(temporary, folder)
     _flush(folder.parent)
-    for pattern in (f".{folder.name}.*.old", f".{folder.name}.*.tmp"):
-        for left in folder.parent.glob(pattern):
-            shutil.rmtree(left, ignore_errors=True)
+    for left in _asides(folder, "old", "tmp"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def recover_folder(folder: Path) -> None:
     """Put back what :func:`replace_folder` had moved aside when it was killed between its two renames."""
     if not folder.exists() and folder.parent.is_dir():
-        asides = folder.parent.glob(f".{folder.name}.*.old")
-        for aside in sorted(asides, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        for aside in sorted(_asides(folder, "old"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
             try:
                 check_seal(aside)
             except StateError:
                 continue
             os.rename(aside, folder)
             return
+
+
+def _asides(folder: Path, *endings: str) -> list[Path]:
+    """What was put aside for ``folder`` itself, and for no other whose name begins alike."""
+    form = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}\.({'|'.join(endings)})")
+    return [path for path in folder.parent.iterdir() if form.fullmatch(path.name)]
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a process that was killed had begun to write into ``folder``; call it as the only writer there."""
+    for left in folder.glob(".*.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -148,7 +165,8 @@ def write_text(path: Path, text: str) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise StateError(
-            f"'{path}' could not be written ({error}): free some space or name another folder, then run it again."
+            f"'{path}' could not be written ({error.strerror or error}): free some space or name another place, then run "
+            "it again."
         ) from error
 
 

@@ -145,7 +145,8 @@ class Strategy:
             where = f"strategy '{name}'"
         else:
             path = find_spec("strategies", what)
-            content, name, where = read_yaml(path), path.stem, str(path)
+            content, name = read_yaml(path), path.stem
+            where = str(path) if Path(what).suffix else f"strategy '{name}'"
         for key, value in (overrides or {}).items():
             _set(content, key, value, where)
         return cls._from_content(content, name, where)
@@ -193,6 +194,11 @@ class Strategy:
                     f"{part.name} needs a model that gives features, and this one gives logits itself: take 'mlp' or a "
                     f"pretrained model, or leave {part.slot} out{by_hand}."
                 )
+        if self.training.head_lr is not None and not gives_features:
+            raise CompositionError(
+                "training.head_lr is the rate of a head of ours, and this model gives logits itself: leave it out (--set "
+                "training.head_lr=null)."
+            )
         if self.backbone == "frozen" and not gives_features:
             raise CompositionError(
                 "backbone: frozen leaves nothing to train in a model that gives logits itself: take a model with a head."
@@ -236,6 +242,18 @@ class Strategy:
                 f"strategy '{self.name}': backbone: frozen forbids an adapter, which freezes the base by itself: "
                 "leave one of the two out."
             )
+        steady = self.backbone == "frozen" or any(part.settles for part in self.prototypes)
+        for part in self.prototypes:
+            if part.needs_steady_features and not steady:
+                raise CompositionError(
+                    f"strategy '{self.name}': {part.name} adds up features, which must not change once they are: set "
+                    "backbone: frozen, or take adapter/lora with across_tasks: first."
+                )
+            if part.needs_steady_features and self.data == "cumulative":
+                raise CompositionError(
+                    f"strategy '{self.name}': {part.name} adds up the rows of each experience once, and data: cumulative "
+                    "brings them again and again: take data: experience."
+                )
 
 
 def _set(content: dict[str, Any], key: str, value: Any, where: str) -> None:

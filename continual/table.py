@@ -126,8 +126,11 @@ class TensorTable(Table):
 
     def __getitem__(self, index_B: Tensor) -> Batch:
         batch = {}
+        moved = index_B
         for name, dense in self._dense:
-            batch[name] = dense.index_select(0, index_B if index_B.device == dense.device else index_B.to(dense.device))
+            if moved.device != dense.device:
+                moved = index_B.to(dense.device, non_blocking=True)
+            batch[name] = dense.index_select(0, moved)
         for name, column in self._ragged:
             batch[name], mask_BT = column.take(index_B.cpu())
             if name == "input_ids":

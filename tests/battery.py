@@ -15,15 +15,20 @@ MODEL = {"kind": "mlp", "hidden": [16, 16]}
 STRATEGIES = library_names("strategies")
 SMALL: dict[str, Any] = {"training.batch_size": 8, "training.lr": 0.05}
 
+SMALL_REPLAY: dict[str, Any] = {"capacity": 20, "per_class": None, "hidden": [16], "latent": 4, "threshold": 0.0}
+
 
 def small(name: str) -> Strategy:
-    """The library's strategy with few epochs, small batches and a small memory."""
+    """The library's strategy with few epochs, small batches, a small memory or generator, and few random features."""
     strategy = Strategy.load(name)
     overrides = dict(SMALL)
     overrides["training.epochs"] = 2
-    if any(part.slot == "replay" for part in strategy.prototypes):
-        overrides["replay.capacity"] = 20
-        overrides["replay.per_class"] = None
+    if any("dimension" in type(part.settings).model_fields for part in strategy.prototypes):
+        overrides["head.dimension"] = 60
+    for part in strategy.prototypes:
+        if part.slot == "replay":
+            known = type(part.settings).model_fields
+            overrides |= {f"replay.{key}": value for key, value in SMALL_REPLAY.items() if key in known}
     if any(part.name == "adapter/adalora" for part in strategy.prototypes):
         overrides |= {"adapter.init_rank": 4, "adapter.target_rank": 2}
     return Strategy.load(name, overrides=overrides)

@@ -153,8 +153,24 @@ def test_what_cannot_work_is_refused_before_any_data_is_read(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("strategy", "overrides"),
+    [
+        ("ewc", {"penalty.labels": "all"}),
+        ("agem", {"projection.select": "class-balanced"}),
+        ("rehearsal", {"replay.select": "ring", "replay.capacity": None, "replay.per_class": 2}),
+    ],
+)
+def test_settings_that_need_classes_are_refused_without(strategy: str, overrides: dict[str, Any]) -> None:
+    chosen = Strategy.load(strategy, overrides=overrides)
+    chosen.check(objective="classification", gives_features=True)
+    with pytest.raises(CompositionError):
+        chosen.check(objective="regression", gives_features=True)
+
+
 def test_the_remedies_help(stream: Path, tmp_path: Path) -> None:
     overrides = {"head": None, "replay.per_class": None, "replay.select": "reservoir", "training.epochs": 1}
+    overrides["training.head_lr"] = None
     run_cell(stream, "lora-rehearsal", out=tmp_path / "a", device="cpu", overrides=overrides, progress=False)
     strategy = Strategy.load("lora", overrides={"head.init": "uniform"})
     strategy.check(objective="regression", gives_features=True)

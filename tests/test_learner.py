@@ -264,3 +264,17 @@ def test_a_table_of_tokens_comes_back_as_it_was(labels: list[list[int]]) -> None
     assert again[everything].keys() == table[everything].keys()
     for name, column in table[everything].items():
         assert torch.equal(again[everything][name], column), name
+
+
+def test_joint_training_keeps_the_tasks_apart_in_the_task_scenario() -> None:
+    learner = learner_for("joint")
+    learner.run(tiny_stream("task"))
+    assert learner.context.owner == [0, 0, 1, 1, 2, 2]
+    stream = tiny_stream("task")
+    for experience in stream:
+        batch = experience.test[torch.arange(20)]  # type: ignore[index]
+        mask_BK = learner.context.active_at_test(batch)
+        assert mask_BK is not None
+        assert mask_BK.nonzero()[:, 1].unique().tolist() == list(experience.classes)
+        found = learner.predict({"inputs": batch["inputs"], "labels": batch["labels"]}, experience=experience.index)
+        assert set(found["labels"].tolist()) <= set(experience.classes)

@@ -90,7 +90,14 @@ def token_reference(logits: Tensor, labels: Tensor, shift: int) -> tuple[float, 
         at = logits[place - shift]
         losses.append(float(at.logsumexp(0) - at[target]))
         right &= int(at.argmax()) == target
-    return (sum(losses) / len(losses) if losses else 0.0), right
+    return (sum(losses) / len(losses), right) if losses else (0.0, False)
+
+
+def test_a_replayed_row_of_the_current_experience_competes_among_all() -> None:
+    owner, labels = torch.tensor([0, 0, 1, 1]), torch.tensor([2, 3, 2, 0])
+    active = active_classes("asymmetric", owner, labels, all_seen=True, current=1, new_rows=2)
+    assert active is not None
+    assert active.tolist() == [[False, False, True, True]] * 2 + [[True] * 4] * 2
 
 
 @pytest.mark.parametrize(("objective", "shift"), [("causal-lm", 1), ("seq2seq", 0)])

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from battery import CutOff, _cut_after, learner_for, same_weights, tiny_stream
+from battery import CutOff, _cut_after, learner_for, same_weights, tiny_stream, weights
 from torch import Tensor, nn
 
 from continual import Learner, Monitor, Strategy, Stream
-from continual.errors import StateError, StreamError, TrainingError
+from continual.errors import CompositionError, ModelError, StateError, StreamError, TrainingError
+from continual.learner.checkpoint import table_from_state, table_state
+from continual.objective import loss_rows
+from continual.parts.head.linear import GrowingLinear
+from continual.randomness import Randomness
+from continual.state import load_state, save_state
 from continual.streams.experience import Experience
+from continual.table import TensorTable
 
 SGD = {"optimizer": "sgd", "lr": 0.05, "epochs": 2, "batch_size": 8}
 
@@ -74,13 +82,219 @@ def test_test_rows_among_the_training_rows_are_refused() -> None:
         learner.update((inputs, labels), test=(inputs[:3], labels[:3]), name="first")
 
 
-def test_training_rows_that_an_earlier_test_set_holds_are_said() -> None:
+def joined(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.cat([inputs for inputs, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
+def test_rows_that_would_spoil_an_earlier_or_a_new_test_set_are_left_out(tmp_path: Path) -> None:
+    learner, clean = learner_for("rehearsal"), learner_for("rehearsal")
+    for each in (learner, clean):
+        each.update(rows(0), test=rows(1), name="first")
+    learner.save(tmp_path / "state")
+    loaded = Learner.load(tmp_path / "state", device="cpu", progress=False)
+    tested = tuple(column[:5] for column in rows(1))
+    for each in (learner, loaded):
+        update = each.update(joined(rows(2), tested), test=joined(rows(3), rows(0)), name="second")  # type: ignore[arg-type]
+        assert update.notes == (
+            "5 of the 45 train rows of 'second' have the same content as test rows of earlier updates and were left out.",
+            "40 of the 80 test rows of 'second' have the same content as rows that earlier updates trained on and were left "
+            "out.",
+        )
+        assert update.rows == learner.strategy.training.epochs * (40 + 5 * 8)  # type: ignore[operator]
+    clean.update(rows(2), test=rows(3), name="second")
+    same_weights(learner, clean)
+    same_weights(loaded, clean)
+    assert not learner.update(rows(4), test=rows(5), name="third").notes
+    with pytest.raises(StreamError, match="all 40 train rows of 'fourth' have the same content as test rows"):
+        learner.update(rows(1), name="fourth")
+
+
+def test_an_id_names_one_row_of_all_updates() -> None:
+    def month(seed: int, start: int) -> dict[str, Tensor]:
+        inputs, labels = rows(seed)
+        return {"inputs": inputs, "labels": labels, "row": torch.arange(start, start + len(labels))}
+
+    learner = learner_for("rehearsal")
+    learner.update(month(0, 0), name="first")
+    with pytest.raises(StreamError, match=r"40 row ids of 'second' were used by earlier updates \(one of them is 0\)"):
+        learner.update(month(2, 0), name="second")
+    learner.update(month(2, 40), name="second")
+    assert len(learner.parts[-1].rows()) + len(learner.parts[0].rows()) >= 20
+
+
+def test_a_name_is_given_once() -> None:
+    learner = learner_for("naive")
+    learner.update(rows(0), test=rows(1), name="monthly")
+    with pytest.raises(StateError, match="an experience called 'monthly' was learnt already"):
+        learner.update(rows(2), test=rows(3), name="monthly")
+
+
+def test_what_can_be_refused_before_anything_changed_costs_nothing() -> None:
+    stopping = Strategy(training=SGD | {"early_stopping": {"patience": 1}})
+    learner = learner_for(stopping)
+    with pytest.raises(TrainingError, match="no valid rows"):
+        learner.update(rows(0), test=rows(1), name="first")
+    learner.update(rows(0), test=rows(1), valid=rows(7), name="first")
+    with pytest.raises(TrainingError, match="no valid rows"):
+        learner.update(rows(2), test=rows(3), name="second")
+    learner.update(rows(2), test=rows(3), valid=rows(8), name="second")
+    narrow = Learner(nn.Linear(64, 3), Strategy(training=SGD), progress=False, device="cpu")
+    narrow.update(rows(0), test=rows(1), name="first")
+    inputs, labels = rows(2)
+    with pytest.raises(ModelError, match="at least as many outputs"):
+        narrow.update((inputs, labels + 3), name="second")
+    narrow.update((inputs, labels), name="second")
+
+
+def test_a_half_trained_state_is_not_saved(tmp_path: Path) -> None:
+    learner = learner_for(Strategy(training=SGD | {"lr": 1e30}))
+    with pytest.raises(TrainingError):
+        learner.update(rows(0), name="first")
+    with pytest.raises(StateError, match="a save would keep a half-trained state"):
+        learner.save(tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize("what", ["part", "model", "folder"])
+def test_a_strangers_folder_runs_no_code_and_writes_nowhere(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evil.py").write_text("raise SystemExit('code ran')\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    learner = learner_for("rehearsal")
+    learner.update(rows(0), test=rows(1), name="first")
+    learner.save(tmp_path / "state")
+    state = load_state(tmp_path / "state")
+    asked = {"part": "evil:Part", "model": "evil:Model", "folder": str(tmp_path / "elsewhere")}[what]
+    if what == "part":
+        state["strategy"]["replay"]["kind"] = asked
+    elif what == "model":
+        state["model_spec"] = {"kind": "module", "class": asked, "arguments": {}}
+    else:
+        state["strategy"]["replay"] |= {"storage": "memmap", "folder": asked}
+    save_state(tmp_path / "state", state)
+    with pytest.raises(StateError, match="a folder must not decide which code is run") as refused:
+        Learner.load(tmp_path / "state", device="cpu", progress=False)
+    assert repr(asked) in str(refused.value)
+    assert not (tmp_path / "elsewhere").exists()
+    if what == "folder":
+        Learner.load(tmp_path / "state", device="cpu", progress=False, trust=[asked])
+        assert (tmp_path / "elsewhere").exists()
+
+
+def test_settings_of_the_monitor_come_back_and_ones_of_ones_own_hold(tmp_path: Path) -> None:
+    learner = learner_for("naive", monitor=Monitor(confidence=0.5, tolerance=0.5, resamples=50))
+    for seed in (0, 2):
+        learner.update(rows(seed), test=rows(seed + 1), name=f"update {seed}")
+    learner.save(tmp_path / "state")
+    loaded = Learner.load(tmp_path / "state", device="cpu", progress=False)
+    assert loaded.monitor is not None and learner.monitor is not None
+    assert loaded.monitor.intervals() == learner.monitor.intervals()
+    assert str(loaded.monitor.latest()) == str(learner.monitor.latest())
+    own = Learner.load(tmp_path / "state", device="cpu", progress=False, monitor=Monitor(confidence=0.9))
+    assert own.monitor is not None and own.monitor.confidence == 0.9
+
+
+def test_passes_are_no_larger_than_asked_for() -> None:
+    sizes: dict[bool, set[int]] = {True: set(), False: set()}
+
+    class Watched(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            sizes[torch.is_grad_enabled()].add(len(input))
+            return super().forward(input)
+
+    ewc = {"penalty": {"kind": "ewc"}, "training": SGD | {"batch_size": 4}}
+    learner = Learner(Watched(64, 3), ewc, monitor=Monitor(batch_size=6), progress=False, device="cpu")
+    learner.update(rows(0), test=rows(1), name="first")
+    assert max(sizes[True]) == 4 and max(sizes[False]) == 6
+    assert learner_for(Strategy(training=SGD)).evaluation_rows == 64
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["left-padded", "right-padded"])
+def test_tokens_keep_their_places_in_a_saved_table(left: bool) -> None:
+    ids = torch.tensor([[0, 5, 6], [7, 8, 9]]) if left else torch.tensor([[5, 6, 0], [7, 8, 9]])
+    columns = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": torch.tensor([0, 1])}
+    table = TensorTable({**columns, "row": torch.arange(2)})
+    again = table_from_state(table_state(table))[torch.arange(2)]
+    for name, column in columns.items():
+        assert torch.equal(again[name], column), name
+
+
+def test_every_row_of_an_optimiser_step_weighs_alike() -> None:
+    experience = tiny_stream(experiences=1)[0]
+    experience = replace(experience, train=experience.train.select(torch.arange(33)))
+    found = []
+    for settings in ({"batch_size": 33}, {"batch_size": 32, "accumulate": 2}, {"batch_size": 11, "accumulate": 3}):
+        learner = learner_for(Strategy(training={"optimizer": "sgd", "lr": 0.1, "epochs": 1} | settings))
+        learner.update(experience)
+        found.append(weights(learner))
+    for other in found[1:]:
+        for name, tensor in found[0].items():
+            torch.testing.assert_close(tensor, other[name], rtol=1e-5, atol=1e-6)
+
+
+def test_logits_of_half_precision_are_judged_in_full() -> None:
+    logits = torch.tensor([[10.0, 0.0, -3.0]], dtype=torch.bfloat16)
+    loss = loss_rows("classification", logits, {"labels": torch.tensor([0])})
+    assert 4e-5 < float(loss) < 6e-5
+    target = torch.tensor([1000.3])
+    assert float(loss_rows("regression", torch.tensor([[1000.0]], dtype=torch.bfloat16), {"labels": target})) > 0.05
+    head = GrowingLinear(4, bias=True, normalize=True, scale=20.0)
+    head.weight, head.bias = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3))
+    features = torch.randn(5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = head(features)
+    assert inside.dtype == torch.float32 and torch.equal(inside, head(features))
+
+
+def test_the_generator_of_our_cuda_device_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, states = torch.device("cuda", 1), {1: torch.tensor([7], dtype=torch.uint8)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda place: states[place.index].clone())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, place: states.update({place.index: state.clone()}))
+    monkeypatch.setattr(torch.cuda, "device", lambda place: contextlib.nullcontext())
+    monkeypatch.setattr(
+        torch.cuda, "manual_seed", lambda seed: states.update({1: torch.tensor([9], dtype=torch.uint8)})
+    )
+    randomness = Randomness(0, device)
+    with randomness.framework():
+        assert int(states[1]) == 9
+        states[1] = torch.tensor([10], dtype=torch.uint8)
+    assert int(states[1]) == 7
+    again = Randomness(0, device)
+    again.load_state_dict(randomness.state_dict())
+    with again.framework():
+        assert int(states[1]) == 10
+    assert int(states[1]) == 7
+
+
+def test_a_neighbours_leftovers_are_neither_taken_nor_deleted(tmp_path: Path) -> None:
+    save_state(tmp_path / "state.best", {"a": torch.ones(3)})
+    (tmp_path / "state.best").rename(tmp_path / ".state.best.12345678.old")
+    with pytest.raises(StateError, match="holds no saved state"):
+        load_state(tmp_path / "state")
+    save_state(tmp_path / "state", {"a": torch.zeros(3)})
+    assert torch.equal(load_state(tmp_path / "state.best")["a"], torch.ones(3))
+    save_state(tmp_path / "run[1]", {"a": torch.ones(2)})
+    (tmp_path / "run[1]").rename(tmp_path / ".run[1].12345678.old")
+    assert torch.equal(load_state(tmp_path / "run[1]")["a"], torch.ones(2))
+    (tmp_path / "state" / "seal.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(StateError, match=r"does not cover 'state\.json'"):
+        load_state(tmp_path / "state")
+
+
+def test_a_state_that_lacks_something_is_refused_in_a_sentence(tmp_path: Path) -> None:
     learner = learner_for("naive")
     learner.update(rows(0), test=rows(1), name="first")
-    inputs, labels = rows(1)
-    update = learner.update((inputs[:5], labels[:5]), test=rows(2), name="second")
-    assert any("5 training rows of 'second'" in note and "'first'" in note for note in update.notes)
-    assert not learner.update(rows(4), test=rows(5), name="third").notes
+    whole = learner._state(with_tests=True)
+    for lacking in ("strategy", "updates", "parts"):
+        save_state(tmp_path / "state", {key: value for key, value in whole.items() if key != lacking})
+        with pytest.raises(StateError, match="no whole state of a learner"):
+            Learner.load(tmp_path / "state", device="cpu", progress=False)
+
+
+def test_a_head_rate_without_a_head_is_refused() -> None:
+    with pytest.raises(CompositionError, match="head_lr is the rate of a head of ours"):
+        Learner(nn.Linear(64, 3), Strategy(training=SGD | {"head_lr": 0.1}), progress=False).update(rows(0))
 
 
 def test_cumulative_goes_on_from_a_save(tmp_path: Path) -> None:
@@ -234,5 +448,5 @@ def test_text_probes_are_encoded_and_test_rows_are_found_among_tokens(tmp_path: 
     learner.save(tmp_path / "state")
     loaded = Learner.load(tmp_path / "state", device="cpu", progress=False)
     update = loaded.update({"text": ["balance please", "ring the bell"], "labels": [0, 2]}, name="second")
-    assert any("1 training rows of 'second' have the same content as test rows" in note for note in update.notes)
+    assert any("1 of the 2 train rows of 'second' have the same content as test rows" in note for note in update.notes)
     assert loaded.monitor.probe_history()["neutral"]["updates"] == [0, 1]  # type: ignore[union-attr]

@@ -14,9 +14,16 @@ FORMAT = 2
 
 
 def table_state(table: Table) -> dict[str, Any]:
-    """Every column of a batch, copied: dense ones as they are, token columns row after row."""
+    """Every column of a batch, copied: dense ones as they are, token columns row after row.
+
+    Tokens that are not padded on the right alone stay a dense column with their mask.
+    """
     everything = table[torch.arange(len(table))]
-    mask = everything.pop("attention_mask", None)
+    mask = everything.get("attention_mask")
+    if mask is not None and bool((mask[:, 1:] <= mask[:, :-1]).all()):
+        del everything["attention_mask"]
+    else:
+        mask = None
     state: dict[str, Any] = {"dense": {}, "ragged": {}}
     for name, column in everything.items():
         if mask is None or name not in ("input_ids", "labels") or column.dim() != 2:

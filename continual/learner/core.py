@@ -14,6 +14,7 @@ from accelerate.tracking import get_available_trackers
 from torch import nn
 
 from continual.errors import ModelError, SpecError, unknown
+from continual.learner.ledger import Ledger
 from continual.learner.optimizer import optimizer_state
 from continual.learner.trainer import Progress
 from continual.models.build import build_model
@@ -54,9 +55,11 @@ class Core:
     ) -> None:
         self.strategy = Strategy.load(strategy)
         self.seed = int(seed)
-        self.randomness = Randomness(self.seed)
         self.device = resolve_device(device)
+        self.randomness = Randomness(self.seed, self.device)
+        self._own_monitor = monitor is None or monitor is True
         self.monitor: Monitor | None = Monitor() if monitor is None or monitor is True else (monitor or None)
+        self.ledger = Ledger()
         self.objective, self.scenario = objective, scenario
         self.folder = Path(folder) if folder is not None else None
         self.save_every, self.track, self.progress = save_every, track, progress
@@ -106,6 +109,18 @@ class Core:
         """The parts of the strategy, with their state."""
         return self.context.parts
 
+    @property
+    def evaluation_rows(self) -> int:
+        """Rows of one forward pass of the evaluation: the monitor's, where it was told.
+
+        Else those of the training for a language model, whose logits are large, and for the others eight times as many,
+        256 at most.
+        """
+        if self.monitor is not None and self.monitor.batch_size is not None:
+            return self.monitor.batch_size
+        own = self.strategy.training.batch_size
+        return own if self.objective in ("causal-lm", "seq2seq") else max(own, min(8 * own, 256))
+
     def state_bytes(self) -> dict[str, int]:
         """Bytes of each part's state, of the weights that are saved, and of the optimiser's state."""
         found = {part.name: part.nbytes() for part in self.parts}
@@ -115,7 +130,14 @@ class Core:
         return found
 
     def _build(self, experience: Experience | None, state: dict[str, Any] | None = None) -> None:
-        """Make the model and the parts, for an experience or as a state says."""
+        """Make the model and the parts, for an experience or as a state says; all of them or, after an error, none."""
+        try:
+            self._make(experience, state)
+        except BaseException:
+            self._model = self._context = None
+            raise
+
+    def _make(self, experience: Experience | None, state: dict[str, Any] | None) -> None:
         if experience is not None:
             self.objective, self.scenario = experience.objective, experience.scenario
         example = None

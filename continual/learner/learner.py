@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from continual.errors import CompositionError, ModelError, StateError, quoted
+from continual.errors import CompositionError, ModelError, StateError, TrainingError, quoted
 from continual.learner.checkpoint import check_same
 from continual.learner.optimizer import make_optimizer
 from continual.learner.result import result_of
@@ -19,7 +19,8 @@ from continual.learner.saving import Saving
 from continual.learner.trainer import Progress, Trainer
 from continual.learner.update import Run, Update
 from continual.monitor.evaluation import evaluating, score_tables
-from continual.streams.check import require_experience, require_stream, shared_rows
+from continual.parts.head.closed_form import Familiar
+from continual.streams.check import require_experience, require_stream
 from continual.streams.convert import as_experience, as_table
 from continual.streams.experience import Experience
 from continual.streams.stream import Stream
@@ -56,8 +57,9 @@ class Learner(Saving):
     ) -> Update:
         """Learn from one experience and measure every test set so far.
 
-        No test row may be among the training or valid rows, by id or by content. Rows that an earlier test set holds
-        are trained on and said in the update's notes.
+        No test row may be among the training or valid rows, by id or by content. Training rows with the content of an
+        earlier test row, and test rows with the content of a row that was trained on, are left out; the update's notes
+        say so.
 
         Args:
             data: an :class:`Experience`, or the training rows as a ``Table``, a torch ``Dataset`` or ``DataLoader``, a
@@ -121,12 +123,15 @@ class Learner(Saving):
         run.result = result_of(self, stream.summary, stream.scenario)
         return run
 
-    def predict(self, rows: Any, *, experience: int | None = None, batch_size: int = 256) -> dict[str, Any]:
+    def predict(self, rows: Any, *, experience: int | None = None, batch_size: int | None = None) -> dict[str, Any]:
         """Predictions for rows: ``labels`` (class ids (N,), values (N, K)) and ``scores`` (probabilities (N, K)).
+
+        A head without gradients also says how ``familiar`` each row is, float32 (N,): higher is more like what was learnt.
 
         Args:
             rows: a list of texts, a tensor or array of inputs, or anything that :meth:`update` takes.
             experience: in the task scenario, whose classes compete.
+            batch_size: rows of one forward pass; None takes those of the evaluation.
 
         Raises:
             ModelError: nothing was learnt yet, or the objective has no such prediction.
@@ -135,11 +140,17 @@ class Learner(Saving):
             raise ModelError("predict() is for classification and regression: call the model's own generate() instead.")
         context = self.context
         table = self._encoded(_unlabelled(rows))
-        found = []
+        batch_size = batch_size or self.evaluation_rows
+        found: list[torch.Tensor] = []
+        familiar: list[torch.Tensor] = []
+        head = self.model.head
         with self.randomness.framework(), evaluating(self.model):
             for start in range(0, len(table), batch_size):
                 index = torch.arange(start, min(start + batch_size, len(table)))
-                found.append(context.forward(to_device(table[index], self.device)).logits.float().cpu())
+                output = context.forward(to_device(table[index], self.device))
+                found.append(output.logits.float().cpu())
+                if isinstance(head, Familiar) and output.features is not None:
+                    familiar.append(head.familiarity(output.features).cpu())
         logits_NK = torch.cat(found) if found else torch.empty(0, len(context.owner))
         if self.objective == "regression":
             return {"labels": logits_NK}
@@ -149,7 +160,9 @@ class Learner(Saving):
             raise ModelError(f"experience {experience} has no classes here: name one from 0 to {self.updates - 1}.")
         scores_NK = logits_NK.masked_fill(~competes, -torch.inf).softmax(-1)
         labels_N = scores_NK.argmax(-1)
-        return {"labels": labels_N, "names": [self.class_names[i] for i in labels_N.tolist()], "scores": scores_NK}
+        names = [self.class_names[i] for i in labels_N.tolist()]
+        extra = {"familiar": torch.cat(familiar)} if familiar else {}
+        return {"labels": labels_N, "names": names, "scores": scores_NK, **extra}
 
     # One update
 
@@ -166,12 +179,12 @@ class Learner(Saving):
         with self.randomness.framework():
             if self._model is None:
                 self._build(experience)
-            own = self._encode_all(experience)
-            experience = self._with_past(own)
-            self._look_at(experience, stream)
             notes_before = len(self.notes)
-            if stream is None:
-                self._note_tests(own)
+            found = experience if stream is not None or self._pending else self._admitted(experience)
+            own = self._encode_all(found)
+            experience = self._with_past(own)
+            self._check(experience)
+            self._look_at(experience, stream)
             self._failed = experience.name
             progress = self._begin(experience, stream)
             trainer = Trainer(
@@ -182,6 +195,7 @@ class Learner(Saving):
                 checkpoint=self._checkpoint if self.folder is not None else None,
                 log=self._log if self._tracking else None,
                 show_progress=self.progress,
+                evaluation_rows=self.evaluation_rows,
             )
             if self.context.experience is None:
                 self.context.experience = experience
@@ -200,6 +214,8 @@ class Learner(Saving):
             self.steps += progress.step
             if self.strategy.data == "cumulative":
                 self._past.append((own.train, own.valid))
+            if stream is None:
+                self.ledger.add(found)
             started = time.perf_counter()
             self._measure(experience, stream)
             monitor_seconds = time.perf_counter() - started
@@ -255,6 +271,7 @@ class Learner(Saving):
                     context.active_at_test,
                     self.objective,
                     self.device,
+                    self.evaluation_rows,
                 )
             self.monitor.record_initial(
                 dict(zip(tables, scores, strict=False)), dict(zip(probes, scores[len(tables) :], strict=True))
@@ -272,7 +289,13 @@ class Learner(Saving):
         context = self.context
         with evaluating(self.model):
             self.monitor.measure(
-                experience.index, context.forward, context.active_at_test, self.objective, self.device, known
+                experience.index,
+                context.forward,
+                context.active_at_test,
+                self.objective,
+                self.device,
+                known,
+                self.evaluation_rows,
             )
 
     def _register_ahead(self, stream: Stream, indices: Iterable[int]) -> None:
@@ -313,22 +336,37 @@ class Learner(Saving):
             valid=concat(valids) if valids else None,
         )
 
-    def _note_tests(self, experience: Experience) -> None:
-        """Say which earlier test sets are not at hand, and which hold rows that are trained on now."""
-        if self.monitor is None:
-            return
-        tests = {index: table for index, table in self._tests().items() if index != experience.index}
-        absent = [name for index, name in self.monitor.absent().items() if index < experience.index]
-        if absent:
+    def _admitted(self, experience: Experience) -> Experience:
+        """The experience without rows that would spoil a measurement; says what is left out and what is not measured."""
+        admitted, notes = self.ledger.admit(experience)
+        self.notes += notes
+        absent = self.monitor.absent() if self.monitor is not None else {}
+        names = [name for index, name in absent.items() if index < experience.index]
+        if names:
             self.notes.append(
-                f"the state that was loaded is a checkpoint of a run, without the test sets of {quoted(absent)}: they are "
+                f"the state that was loaded is a checkpoint of a run, without the test sets of {quoted(names)}: they are "
                 "not measured here; go on with run(stream), or load what Learner.save() wrote."
             )
-        for index, count in shared_rows(experience.train, tests).items():
-            self.notes.append(
-                f"{count} training rows of '{experience.name}' have the same content as test rows of "
-                f"'{self.experience_names[index]}', whose retention is flattered by them: take them out of one side."
+        return admitted
+
+    def _check(self, experience: Experience) -> None:
+        """Refuse, before anything has changed, what could only fail later."""
+        if len(experience.train) == 0:
+            raise StateError(f"experience '{experience.name}' has no training rows: leave it out or give it some.")
+        if self._pending is None and experience.name in self.experience_names[: experience.index]:
+            raise StateError(
+                f"an experience called '{experience.name}' was learnt already: give each its own name, since reports and "
+                "the gate speak of them by name."
             )
+        if self.strategy.training.early_stopping is not None and (
+            experience.valid is None or len(experience.valid) == 0
+        ):
+            raise TrainingError(
+                f"training.early_stopping needs rows to select on, and experience '{experience.name}' has no valid rows: "
+                "give it some, or leave early_stopping out (it never looks at test rows)."
+            )
+        if not self.model.gives_features:
+            self.context.check_outputs(experience)
 
     def _look_at(self, experience: Experience, stream: Stream | None) -> None:
         """Take in what an experience says of itself, and keep its test set."""
@@ -343,8 +381,6 @@ class Learner(Saving):
                 f"experience '{experience.name}' has index {experience.index}, and the next one to learn is "
                 f"{self.updates}: give the experiences in their order."
             )
-        if len(experience.train) == 0:
-            raise StateError(f"experience '{experience.name}' has no training rows: leave it out or give it some.")
         if self._pending is None:
             self.known_names = self.class_names
         self.class_names = experience.class_names or self.class_names

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from torch import nn
 
-from continual.errors import CompositionError, ModelError, StateError
+from continual.errors import CompositionError, ModelError, StateError, quoted
 from continual.learner.checkpoint import FORMAT, check_same, table_from_state, table_state
 from continual.learner.core import Core
 from continual.learner.optimizer import load_optimizer_state, make_optimizer, optimizer_state
 from continual.learner.trainer import Progress
+from continual.learner.trust import check_trusted, wishes
 from continual.parts.adapter.adalora import AdaLoRA
 from continual.parts.adapter.export import export_adapter
 from continual.parts.adapter.lora import LoRA
 from continual.state import load_state, save_state
 from continual.strategy import Strategy
 from continual.table import Table
+
+NEEDED = {"format", "strategy", "strategy_name", "model_spec", "seed", "objective", "scenario"}
+"""What a state must hold for a learner to be made from it; the rest is read by what it belongs to."""
 
 
 class Saving(Core):
@@ -29,8 +33,13 @@ class Saving(Core):
         ``data: cumulative`` the rows of all experiences.
 
         Raises:
-            StateError: the folder cannot be written; what was there is untouched.
+            StateError: the folder cannot be written, or an update broke off in the middle; what was there is untouched.
         """
+        if self._failed is not None:
+            raise StateError(
+                f"the update on '{self._failed}' broke off in the middle, and a save would keep a half-trained state: go "
+                "on from the last save with Learner.load(folder)."
+            )
         save_state(Path(folder), self._state(with_tests=True))
         return Path(folder)
 
@@ -54,42 +63,64 @@ class Saving(Core):
         source: Path | str,
         /,
         *,
-        model: nn.Module | None = None,
+        model: str | Mapping[str, Any] | nn.Module | None = None,
         strategy: str | Path | Mapping[str, Any] | Strategy | None = None,
+        trust: Iterable[str] = (),
         **options: Any,
     ) -> Self:
         """A learner as :meth:`save` or a checkpoint left it.
 
+        A folder never decides which code is run: parts and models of your own (``package.module:Class``) and folders
+        outside it are used only where ``strategy``, ``model`` or ``trust`` name them too.
+
         Args:
-            model: the module, where the learner was made with an ``nn.Module`` object.
+            model: the module, where the learner was made with an ``nn.Module`` object; or what the constructor took.
             strategy: when given, it must be the one that was saved.
-            options: as for the constructor (``device``, ``monitor``, ``folder`` …).
+            trust: references and folders that the state may use.
+            options: as for the constructor (``device``, ``monitor``, ``folder`` …). A monitor that is given measures with
+                its own settings, else those of the saved one come back.
 
         Raises:
-            StateError: damaged, or of another strategy.
+            StateError: damaged, of another strategy, or asking for something that is not trusted.
             ModelError: the base model is not the one that was recorded.
         """
         state = load_state(Path(source))
         if state.get("format") != FORMAT:
             raise StateError(f"'{source}' has format {state.get('format')!r}, this version reads {FORMAT}.")
+        missing = sorted(NEEDED - state.keys())
+        if missing:
+            raise StateError(
+                f"'{source}' is no whole state of a learner (it lacks {quoted(missing)}): use another one."
+            )
+        trusted = set(trust)
+        if strategy is not None:
+            trusted |= wishes(Strategy.load(strategy).to_dict())
+        if model is not None and not isinstance(model, nn.Module):
+            trusted |= wishes(model)
+        check_trusted(source, wishes([state["strategy"], state["model_spec"]]) - trusted)
         saved = Strategy.load({**state["strategy"], "name": state["strategy_name"]})
         if strategy is not None:
             check_same("strategy", saved.fingerprint(), Strategy.load(strategy).fingerprint())
         spec = state["model_spec"]
-        if model is None and isinstance(spec, dict) and spec.get("kind") == "object":
+        if not isinstance(model, nn.Module) and isinstance(spec, dict) and spec.get("kind") == "object":
             raise StateError(
                 f"'{source}' was made with a model object ({spec.get('class')}): hand the same model in, "
                 "Learner.load(folder, model=...)."
             )
         learner = cls(
-            model if model is not None else spec,
+            model if isinstance(model, nn.Module) else spec,
             saved,
             seed=state["seed"],
             objective=state["objective"],
             scenario=state["scenario"],
             **options,
         )
-        learner._restore(state)
+        try:
+            learner._restore(state)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise StateError(
+                f"'{source}' is no whole state of a learner ({type(error).__name__}: {error}): use another one."
+            ) from error
         return learner
 
     def _state(self, *, with_tests: bool, progress: Progress | None = None) -> dict[str, Any]:
@@ -106,6 +137,7 @@ class Saving(Core):
             "scenario": self.scenario,
             "class_names": list(self.class_names),
             "known_names": list(self.known_names),
+            "ledger": self.ledger.state_dict(),
             "stream": {
                 "name": self.stream_name,
                 "fingerprint": self.stream_fingerprint,
@@ -159,13 +191,14 @@ class Saving(Core):
                 load_optimizer_state(context.optimizer, context.parameters(), state["optimizer"])
             self.class_names = tuple(state["class_names"])
             self.known_names = tuple(state["known_names"])
+            self.ledger.load_state_dict(state["ledger"])
             self.stream_name, self.stream_fingerprint = state["stream"]["name"], state["stream"]["fingerprint"]
             self.learnt_fingerprint = state["stream"]["learnt"]
             self.updates, self.experience_names = state["updates"], list(state["experience_names"])
             self.steps = state["steps"]
             self.cost, self.notes, self.started = dict(state["cost"]), list(state["notes"]), state["started"]
             if self.monitor is not None and state["monitor"] is not None:
-                self.monitor.load_state_dict(state["monitor"])
+                self.monitor.load_state_dict(state["monitor"], settings=self._own_monitor)
                 for name, table in state["probes"].items():
                     self.monitor.keep_probe(name, table_from_state(table))
             for index, table in state["tests"].items():

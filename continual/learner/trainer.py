@@ -65,10 +65,11 @@ class Trainer:
         checkpoint: Callable[[Progress], None] | None = None,
         log: Callable[[dict[str, float], int], None] | None = None,
         show_progress: bool | None = None,
+        evaluation_rows: int = 256,
     ) -> None:
         self.context, self.training, self.accelerator = context, training, accelerator
         self.save_every, self.checkpoint, self.log = save_every, checkpoint, log
-        self.show_progress = show_progress
+        self.show_progress, self.evaluation_rows = show_progress, evaluation_rows
         self._on_device = context.device.type != "cpu"
         self._recent: list[tuple[int, list[tuple[str, Tensor]], Batch]] = []
         self._bad: Tensor | None = None
@@ -86,11 +87,6 @@ class Trainer:
         if progress.done:
             return progress
         assert optimizer is not None
-        if training.early_stopping is not None and (experience.valid is None or len(experience.valid) == 0):
-            raise TrainingError(
-                f"training.early_stopping needs rows to select on, and experience '{experience.name}' has no valid rows: "
-                "give it some, or leave early_stopping out (it never looks at test rows)."
-            )
         table = place(experience.train, context.device)
         generator = context.randomness.generator("order")
         context.step, context.epoch = progress.step, progress.epoch
@@ -142,6 +138,7 @@ class Trainer:
         context = self.context
         optimizer.zero_grad(set_to_none=True)
         set_rate(optimizer, self.training, context.step, context.steps)
+        whole_step = sum(len(index_B) for index_B in groups)
         for index_B in groups:
             full = context.extend(to_device(table[index_B], context.device))
             whole_rows = context.current_rows
@@ -152,7 +149,7 @@ class Trainer:
             context.current_rows = whole_rows
             loss = terms[0][1] if len(terms) == 1 else torch.stack([term for _, term in terms]).sum()
             self._watch(optimizer, loss, terms, batch)
-            scale = scale / len(groups)
+            scale = scale * len(index_B) / whole_step
             loss = loss if scale == 1 else loss * scale
             if self.accelerator.num_processes == 1:
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -192,9 +189,11 @@ class Trainer:
         self._check_weights()
 
     def _check_weights(self) -> None:
-        """Gradients that are not finite spoil the weights though every loss was finite."""
-        for name, parameter in self.context.parameters().items():
-            if not bool(torch.isfinite(parameter).all()):
+        """Gradients that are not finite spoil the weights though every loss was finite. One sync of the device."""
+        parameters = self.context.parameters()
+        fine = torch.stack([torch.isfinite(parameter).all() for parameter in parameters.values()]).tolist()
+        for name, finite in zip(parameters, fine, strict=True):
+            if not finite:
                 raise TrainingError(
                     f"the weights '{name}' are not finite after step {self.context.step}, though every loss was: the last "
                     "checkpoint is kept; lower training.lr or a penalty's strength, or set training.clip."
@@ -205,7 +204,12 @@ class Trainer:
         assert rule is not None and experience.valid is not None
         with evaluating(context.model):
             scores = score_tables(
-                [experience.valid], context.forward, context.active_at_test, context.objective, context.device
+                [experience.valid],
+                context.forward,
+                context.active_at_test,
+                context.objective,
+                context.device,
+                self.evaluation_rows,
             )
         score = float(next(iter(scores[0].values())).double().mean())
         if progress.best_score is None or score > progress.best_score + rule.min_delta:
@@ -256,11 +260,17 @@ class Trainer:
 
 
 def place(table: Table, device: torch.device) -> Table:
-    """The table with its dense columns on an accelerator, so that a batch is one gather there; others stay as they are."""
+    """A table in memory with its dense columns on an accelerator, so that a batch is one gather there.
+
+    Of a view only its own rows are copied; tables of tokens and memory-mapped ones stay where they are.
+    """
     if device.type == "cpu":
         return table
     base = table.base if isinstance(table, View) else table
     if not isinstance(base, TensorTable) or base.lengths is not None:
         return table
-    moved = base.to(device)
-    return moved.select(table.index_N.to(device)) if isinstance(table, View) else moved
+    if not isinstance(table, View):
+        return base.to(device)
+    dense = {name: column for name, column in base.columns.items() if isinstance(column, Tensor)}
+    own = {name: column.index_select(0, table.index_N.to(column.device)) for name, column in dense.items()}
+    return TensorTable({name: column.to(device) for name, column in own.items()})

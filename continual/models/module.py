@@ -59,7 +59,15 @@ class UserModule(nn.Module):
                 columns["attention_mask"] = batch["attention_mask"]
             returned = self.module(**columns)
         elif "inputs" in batch and (self._anything or not self._tokens):
-            returned = self.module(batch["inputs"])
+            try:
+                returned = self.module(batch["inputs"])
+            except RuntimeError as error:
+                if "shape" not in str(error) and "size" not in str(error):
+                    raise
+                raise ModelError(
+                    f"{type(self.module).__name__} cannot take inputs of shape {tuple(batch['inputs'].shape[1:])} a row "
+                    f"({' '.join(str(error).split())}): give it rows of the shape that it was made for."
+                ) from error
         else:
             wanted = "input_ids" if self._tokens else "inputs"
             raise ModelError(

@@ -24,7 +24,7 @@ from continual.models.output import Output
 from continual.monitor.bootstrap import INITIAL, Measured, Resampled, bootstrap, point_matrix
 from continual.monitor.evaluation import score_tables
 from continual.monitor.metrics import METRICS, Floats, defined, flips, metric_table, negative_flips
-from continual.monitor.retention import TOLERANCE, Kept, Retention, judge, retention_of
+from continual.monitor.retention import TOLERANCE, Retention, judge, retention_of
 from continual.objective import PRIMARY, Objective
 from continual.state import tensor_bytes
 from continual.streams.convert import as_table
@@ -33,6 +33,7 @@ from continual.table import Batch, Table
 __all__ = ["Monitor", "Retention"]
 
 Scores = dict[str, Tensor]
+SETTINGS = ("resamples", "confidence", "batch_size", "tolerance", "seed")
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Monitor:
             Its rows are no rows of the stream: erasure does not touch them.
         resamples: draws of the bootstrap.
         confidence: of the intervals, in (0, 1).
-        batch_size: rows of one forward pass of the evaluation.
+        batch_size: rows of one forward pass of the evaluation; None leaves it to the learner, which knows the model.
         tolerance: how much a test set may lose before it is called forgotten, in the unit of the scores (for
             regression, as a share of its squared error); None takes :data:`~continual.monitor.retention.TOLERANCE`.
         seed: of the bootstrap.
@@ -89,11 +90,16 @@ class Monitor:
         probes: Mapping[str, Any] | None = None,
         resamples: int = 1000,
         confidence: float = 0.95,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         tolerance: float | None = None,
         seed: int = 0,
     ) -> None:
-        if resamples < 1 or batch_size < 1 or not 0 < confidence < 1 or (tolerance is not None and tolerance < 0):
+        if (
+            resamples < 1
+            or (batch_size is not None and batch_size < 1)
+            or not 0 < confidence < 1
+            or (tolerance is not None and tolerance < 0)
+        ):
             raise StreamError(
                 f"a monitor with {resamples} resamples, confidence {confidence}, batches of {batch_size} and tolerance "
                 f"{tolerance} cannot be: give at least 1, a number between 0 and 1, at least 1, and at least 0."
@@ -175,6 +181,7 @@ class Monitor:
         objective: Objective,
         device: torch.device,
         experiences: Iterable[int] | None = None,
+        batch_size: int | None = None,
     ) -> None:
         """Score the test sets and probes in one pass and record them; the model is in eval mode
         (:func:`~continual.monitor.evaluation.evaluating`).
@@ -183,6 +190,7 @@ class Monitor:
             update: as in :meth:`record`.
             forward, active, objective, device: as in :func:`~continual.monitor.evaluation.score_tables`.
             experiences: measure these test sets only, beside the probes; None for all.
+            batch_size: rows of one forward pass; None for the monitor's own, or 256.
         """
         tests = self.tables()
         chosen = sorted(tests) if experiences is None else sorted(set(experiences) & set(tests))
@@ -190,7 +198,7 @@ class Monitor:
         tables = [tests[index] for index in chosen] + list(probes.values())
         if not tables:
             return
-        found = score_tables(tables, forward, active, objective, device, self.batch_size)
+        found = score_tables(tables, forward, active, objective, device, batch_size or self.batch_size or 256)
         own = len(chosen)
         self.record(update, dict(zip(chosen, found, strict=False)), dict(zip(probes, found[own:], strict=True)))
 
@@ -319,15 +327,15 @@ class Monitor:
         if update < 0:
             raise StreamError("nothing was measured yet: record an update first.")
         score, objective = self._primary(), self.objective
-        lines: list[Kept] = []
-        for index, test in self._learnt().items():
-            before, after = self._pair(index, score)
-            lines.append(judge(test.name, before, after, self._tolerance(before), self.confidence))
+        compared = [(test.name, *self._pair(index, score), False) for index, test in self._learnt().items()]
         for name, probe in self._probes.items():
             first = probe.first(INITIAL)
-            before = None if first == update else probe.at(first, score)
-            after = probe.at(update, score)
-            lines.append(judge(name, before, after, self._tolerance(before), self.confidence, probe=True))
+            compared.append((name, None if first == update else probe.at(first, score), probe.at(update, score), True))
+        family = sum(before is not None and after is not None for _, before, after, _ in compared)
+        lines = [
+            judge(name, before, after, self._tolerance(before), self.confidence, probe=probe, family=family)
+            for name, before, after, probe in compared
+        ]
         found = self._bootstrap()
         name = self._tests[update].name if update in self._tests else f"update {update + 1}"
         if update == 0 and len(self._learnt()) > 1:
@@ -345,6 +353,7 @@ class Monitor:
             "tests": {str(index): _state(test) for index, test in sorted(self._tests.items())},
             "probes": {name: _state(probe) for name, probe in self._probes.items()},
             "waiting": {str(index): _named(scores) for index, scores in sorted(self._waiting.items())},
+            "settings": {name: getattr(self, name) for name in SETTINGS},
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -356,8 +365,11 @@ class Monitor:
                 found |= {f"{index}/{update}/{name}": scores for name, scores in test.scores[update].items()}
         return found
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, settings: bool = True) -> None:
         """Go on from :meth:`state_dict`; tables that are registered already are kept.
+
+        Args:
+            settings: take those of the state as well.
 
         Raises:
             StateError: a probe that has another number of rows than the one that was measured.
@@ -374,6 +386,9 @@ class Monitor:
         present = {index: test.table for index, test in self._tests.items() if test.table is not None}
         self._tests, self._probes, self._resampled = tests, probes, None
         self._waiting = {int(index): _scores(kept) for index, kept in state["waiting"].items()}
+        if settings:
+            for name in SETTINGS:
+                setattr(self, name, state["settings"][name])
         for index, table in present.items():
             if index in tests:
                 self.register(index, tests[index].name, table, tests[index].ahead)

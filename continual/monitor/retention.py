@@ -2,7 +2,7 @@
 
 Each test set is compared with its own scores just after it was learnt, row by row (a probe with its first scores):
 
-* ``forgotten``: the drop is significantly more than the tolerance;
+* ``forgotten``: the drop is significantly more than the tolerance (corrected for the number of lines);
 * ``lost some``: significantly more than nothing, not significantly more than the tolerance;
 * ``kept``: significantly less than the tolerance, and not significantly more than nothing;
 * ``cannot tell``: the test set is too small to say either;
@@ -43,7 +43,7 @@ class Kept:
         before, after: mean score just after it was learnt, and now.
         change, low, high: after minus before with its two-sided interval.
         rows: of the test set.
-        smallest_detectable_drop: what a one-sided 5 % paired test on these rows finds with 80 % power.
+        smallest_detectable_drop: what the paired test of this line finds on these rows with 80 % power.
         rows_needed: where it cannot be told, the rows that would tell.
     """
 
@@ -129,6 +129,7 @@ def judge(
     tolerance: float,
     confidence: float = 0.95,
     probe: bool = False,
+    family: int = 1,
 ) -> Kept:
     """One line of the tree from the scores of one test set.
 
@@ -137,23 +138,27 @@ def judge(
         after_N: scores now, None where it was left out.
         tolerance: in the unit of the scores.
         confidence: of the two-sided interval; each decision is one-sided at (1 - confidence) / 2.
+        family: how many lines are compared in this tree. A loss is called so at a family-th of that level (Bonferroni),
+            so that one false alarm in the whole tree has at most the probability (1 - confidence) / 2.
     """
     before = None if before_N is None else _mean(before_N)
     after = None if after_N is None else _mean(after_N)
     rows = len(after_N) if after_N is not None else len(before_N) if before_N is not None else 0
     if before_N is None or after_N is None:
         status: Status = "not measured" if after_N is None else "new"
-        smallest = None if after_N is None else smallest_detectable_drop(after_N)
+        smallest = None if after_N is None else smallest_detectable_drop(after_N, level=(1 - confidence) / 2)
         return Kept(name, probe, status, before, after, None, None, None, rows, smallest, None)
-    verdict = paired_drop(before_N, after_N, tolerance, (1 - confidence) / 2, name)
-    if verdict.verdict == "fail":
+    level = (1 - confidence) / 2
+    alarm = level / max(family, 1)
+    verdict = paired_drop(before_N, after_N, tolerance, level, name)
+    if verdict.p_value < alarm:
         status = "forgotten"
-    elif verdict.low is not None and verdict.low > 0:
+    elif paired_drop(before_N, after_N, 0.0, level, name).p_value < alarm:
         status = "lost some"
     else:
         status = "kept" if verdict.verdict == "pass" else "cannot tell"
     change, low, high = (None if value is None else -value for value in (verdict.drop, verdict.high, verdict.low))
-    smallest = smallest_detectable_drop(before_N, after_N)
+    smallest = smallest_detectable_drop(before_N, after_N, level=alarm)
     needed = verdict.rows_needed if status == "cannot tell" else None
     return Kept(name, probe, status, before, after, change, low, high, rows, smallest, needed)
 

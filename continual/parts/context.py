@@ -17,7 +17,7 @@ In a loop of your own::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -73,7 +73,7 @@ class TrainingContext:
         self.owner: list[int] = []
         self.reserve_classes: int | None = None
         self._owner_K = torch.empty(0, dtype=torch.int64, device=self.device)
-        self._all_seen = False
+        self._all_seen = self._in_step = False
         self._parameters: dict[str, nn.Parameter] | None = None
         self._last: list[tuple[Batch, Output, int]] = []
         self._extend = overriding(self.parts, "extend")
@@ -107,6 +107,7 @@ class TrainingContext:
             batch["labels"],
             all_seen=self._all_seen,
             current=self.experience_index,
+            new_rows=self.current_rows if self._in_step else None,
         )
 
     def active_at_test(self, batch: Batch) -> Tensor | None:
@@ -121,12 +122,21 @@ class TrainingContext:
         return loss_rows(self.objective, output.logits, batch, self.active(batch))
 
     def batches(
-        self, table: Table, *, limit: int | None = None, generator: torch.Generator | None = None
+        self,
+        table: Table,
+        *,
+        limit: int | None = None,
+        generator: torch.Generator | None = None,
+        gradients: bool = False,
     ) -> Iterator[Batch]:
-        """The rows of a table on the device, once each, similar lengths together; ``limit`` draws so many of them."""
+        """The rows of a table on the device, once each, similar lengths together; ``limit`` draws so many of them.
+
+        Passes with ``gradients`` have as many rows as those of the training, others eight times as many, 256 at most.
+        """
         if limit is not None and limit < len(table):
             table = table.select(torch.randperm(len(table), generator=generator)[:limit].sort().values)
-        for index_B in evaluation_batches(table.lengths, len(table), max(self.batch_size, 128)):
+        size = self.batch_size if gradients else max(self.batch_size, min(8 * self.batch_size, 256))
+        for index_B in evaluation_batches(table.lengths, len(table), size):
             yield to_device(table[index_B], self.device)
 
     def replace_parameter(self, old: nn.Parameter, new: nn.Parameter) -> None:
@@ -139,6 +149,18 @@ class TrainingContext:
         state = self.optimizer.state.pop(old, None)
         if state is not None:
             self.optimizer.state[new] = {key: _grown(value, old, new) for key, value in state.items()}
+
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        """The optimiser forgets what it knew of these parameters."""
+        if self.optimizer is not None:
+            for parameter in parameters:
+                self.optimizer.state.pop(parameter, None)
+
+    def rates(self) -> dict[str, float]:
+        """Learning rate of the next step, by name of the parameter."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        rates = {id(parameter): float(group["lr"]) for group in groups for parameter in group["params"]}
+        return {name: rates[id(p)] for name, p in self.parameters().items() if id(p) in rates}
 
     # What a loop calls
 
@@ -165,15 +187,19 @@ class TrainingContext:
 
     def terms(self, batch: Batch, output: Output) -> list[tuple[str, Tensor]]:
         """The objective and each part's own term, by name; their sum is the loss."""
-        loss_B = self.loss_rows(output, batch)
-        weight_B = batch.get("weight")
-        mean = loss_B.mean() if weight_B is None else (weight_B * loss_B).sum() / weight_B.sum()
-        terms = [("objective", mean)]
-        for part, loss in self._loss:
-            term = loss(batch, output)
-            if term is not None:
-                terms.append((part.name, term))
-        return terms
+        self._in_step = True
+        try:
+            loss_B = self.loss_rows(output, batch)
+            weight_B = batch.get("weight")
+            mean = loss_B.mean() if weight_B is None else (weight_B * loss_B).sum() / weight_B.sum()
+            terms = [("objective", mean)]
+            for part, loss in self._loss:
+                term = loss(batch, output)
+                if term is not None:
+                    terms.append((part.name, term))
+            return terms
+        finally:
+            self._in_step = False
 
     def backward(self, batch: Batch) -> Tensor:
         """Extend, forward, loss, backward and ``edit_gradients`` of one batch; returns the loss.
@@ -213,11 +239,13 @@ class TrainingContext:
         self.step += 1
 
     def end(self) -> None:
-        """Call every part's ``end``."""
+        """Call every part's ``end``; tell the optimiser of parameters that no longer train."""
         assert self.experience is not None, "end() follows begin()"
         for part in overriding(self.parts, "end"):
+            self._parameters = None
             part(self, self.experience)
         self._parameters = None
+        self.sync_optimizer()
 
     def shuffled(self, table: Table, batch_size: int) -> Iterator[Batch]:
         """One epoch of a table in random order, on the device."""
@@ -251,21 +279,29 @@ class TrainingContext:
         self._owner_K = torch.tensor(self.owner, dtype=torch.int64, device=self.device)
         self._all_seen = all(index >= 0 for index in self.owner)
 
-    def _meet(self, experience: Experience) -> None:
-        if self.objective != "classification":
-            return
-        outputs = self._outputs(experience)
-        if outputs is None:
-            return
+    def check_outputs(self, experience: Experience) -> int | None:
+        """How many classes the model tells apart now; None where it has no classes or no head yet.
+
+        Raises:
+            ModelError: fewer than the experience needs.
+        """
+        outputs = self._outputs(experience) if self.objective == "classification" else None
         largest = max(experience.classes, default=-1)
-        if largest >= outputs:
+        if outputs is not None and largest >= outputs:
             raise ModelError(
                 f"the model has {outputs} outputs and experience '{experience.name}' brings class number {largest}: give "
                 "the model at least as many outputs as the stream has classes, or take one with a head that grows."
             )
+        return outputs
+
+    def _meet(self, experience: Experience) -> None:
+        outputs = self.check_outputs(experience)
+        if outputs is None:
+            return
         owner = [*self.owner, *[-1] * (outputs - len(self.owner))]
-        for label in experience.classes:
-            owner[label] = experience.index
+        owners = experience.owners or (experience.index,) * len(experience.classes)
+        for label, index in zip(experience.classes, owners, strict=True):
+            owner[label] = index
         self.set_owner(owner)
 
     def _outputs(self, experience: Experience) -> int | None:

@@ -10,7 +10,7 @@ optimiser → ``after_step``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -85,15 +85,27 @@ class Context(Protocol):
         """The objective's loss of each row, (B,), over the classes that compete in training."""
 
     def batches(
-        self, table: Table, *, limit: int | None = None, generator: torch.Generator | None = None
+        self,
+        table: Table,
+        *,
+        limit: int | None = None,
+        generator: torch.Generator | None = None,
+        gradients: bool = False,
     ) -> Iterator[Batch]:
         """The rows of a table on the device, once each: similar lengths together, the order the same every time.
 
-        With ``limit``, at most so many rows, drawn without replacement by ``generator``.
+        With ``limit``, at most so many rows, drawn without replacement by ``generator``. Say ``gradients`` where a
+        backward pass follows, so that a batch holds no more rows than one of the training.
         """
 
     def replace_parameter(self, old: nn.Parameter, new: nn.Parameter) -> None:
         """``new`` has taken the place of ``old`` and begins with its rows: the optimiser keeps what it knew of them."""
+
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        """These begin anew: the optimiser forgets what it knew of them."""
+
+    def rates(self) -> dict[str, float]:
+        """Learning rate of the next step for each parameter that trains, by name; empty where there is no optimiser."""
 
 
 class Part:
@@ -104,6 +116,8 @@ class Part:
         Settings: the model of its settings, with a ``kind``.
         objectives: the objectives it works with.
         needs_head: it reads ``output.features`` or class scores of a head of ours.
+        needs_steady_features: it adds up features of each experience's rows once, so the backbone must be frozen, or
+            settle after the first experience.
         excludes: ``slot`` or ``slot/kind`` that it cannot be combined with → why, and what to use instead.
     """
 
@@ -111,6 +125,7 @@ class Part:
     Settings: ClassVar[type[Spec]]
     objectives: ClassVar[tuple[Objective, ...]] = ("classification", "regression", "causal-lm", "seq2seq")
     needs_head: ClassVar[bool] = False
+    needs_steady_features: ClassVar[bool] = False
     excludes: ClassVar[dict[str, str]] = {}
 
     context: Context
@@ -133,6 +148,11 @@ class Part:
         """The ``kind`` that finds this class again: its short name, or ``package.module:Class`` for one of the user's."""
         own = type(self).__module__.startswith("continual.")
         return self.kind if own else f"{type(self).__module__}:{type(self).__qualname__}"
+
+    @property
+    def settles(self) -> bool:
+        """Whether it trains the backbone in the first experience only, and holds it frozen from then on."""
+        return False
 
     def check_objective(self, objective: Objective) -> None:
         """Raise :class:`CompositionError` where its settings cannot work for one of ``objectives``; no data is there yet."""

@@ -14,11 +14,34 @@ PARTS: dict[Slot, dict[str, str]] = {
     "head": {
         "linear": "continual.parts.head.linear:LinearHead",
         "nearest-mean": "continual.parts.head.nearest_mean:NearestMeanHead",
+        "slda": "continual.parts.head.slda:SLDAHead",
+        "ridge": "continual.parts.head.ridge:RidgeHead",
+        "klda": "continual.parts.head.klda:KLDAHead",
     },
-    "replay": {"rehearsal": "continual.parts.replay.rehearsal:Rehearsal"},
-    "penalty": {"ewc": "continual.parts.penalty.ewc:EWC"},
-    "distillation": {},
-    "projection": {},
+    "replay": {
+        "rehearsal": "continual.parts.replay.rehearsal:Rehearsal",
+        "dark": "continual.parts.replay.dark:Dark",
+        "mir": "continual.parts.replay.mir:MIR",
+        "generative": "continual.parts.replay.generative:GenerativeReplay",
+        "gdumb": "continual.parts.replay.gdumb:GDumb",
+        "gaussian": "continual.parts.replay.gaussian:GaussianReplay",
+    },
+    "penalty": {
+        "ewc": "continual.parts.penalty.ewc:EWC",
+        "l2": "continual.parts.penalty.l2:L2",
+        "mas": "continual.parts.penalty.mas:MAS",
+        "rwalk": "continual.parts.penalty.rwalk:RWalk",
+        "si": "continual.parts.penalty.si:SI",
+    },
+    "distillation": {
+        "feature-distillation": "continual.parts.distillation.features:FeatureDistillation",
+        "lwf": "continual.parts.distillation.lwf:LwF",
+    },
+    "projection": {
+        "agem": "continual.parts.projection.agem:AGEM",
+        "gem": "continual.parts.projection.gem:GEM",
+        "ogd": "continual.parts.projection.ogd:OGD",
+    },
     "recall": {},
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from continual.errors import StreamError, quoted
-from continual.streams.content import Keys, feature_names, finite_rows, row_keys
+from continual.streams.content import Keys, finite_rows, row_keys
 from continual.streams.experience import Experience
 from continual.streams.sources.rows import PARTS
 from continual.streams.stream import Stream
-from continual.table import Concat, Mapped, Table, View
+from continual.table import IGNORED, Concat, Mapped, Table, View
+
+_BLOCK = 1024
 
 
 def check_stream(stream: Stream) -> list[str]:
@@ -32,6 +34,7 @@ def check_stream(stream: Stream) -> list[str]:
         found.extend(_experience(experience))
     found.extend(_classes(stream, experiences))
     found.extend(_leaks(experiences))
+    found.extend(_repeated_ids(experiences))
     return found
 
 
@@ -52,19 +55,6 @@ def require_experience(experience: Experience) -> None:
     if found:
         more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
         raise StreamError(f"{found[0]}{more}")
-
-
-def shared_rows(table: Table, others: Mapping[int, Table]) -> dict[int, int]:
-    """For each of ``others`` that has the same columns: how many rows of ``table`` it holds, by tokens or content."""
-    found = {}
-    for index, other in others.items():
-        tokens = "input_ids" in table.names and "input_ids" in other.names
-        columns = ("input_ids",) if tokens else feature_names(table)
-        if len(table) and len(other) and (tokens or feature_names(other) == columns):
-            count = int(np.isin(row_keys(table, columns), row_keys(other, columns)).sum())
-            if count:
-                found[index] = count
-    return found
 
 
 def _names(experiences: list[Experience]) -> Iterator[str]:
@@ -90,6 +80,8 @@ def _experience(experience: Experience, *, test_needed: bool = True) -> Iterator
             yield f"{where}, {part} has {bad} rows with NaN or infinite values: leave them out or fill them."
         if experience.objective == "classification":
             yield from _labels(experience, part, table, where)
+        elif experience.objective in ("causal-lm", "seq2seq") and "labels" in table.names:
+            yield from _counted(part, table, where)
 
 
 def _labels(experience: Experience, part: str, table: Table, where: str) -> Iterator[str]:
@@ -106,6 +98,24 @@ def _labels(experience: Experience, part: str, table: Table, where: str) -> Iter
     if wrong:
         shown = quoted(wrong[:5])
         yield f"{where}, {part} has labels {shown}, none of its class ids ({_span(list(allowed))}): mend them."
+
+
+def _counted(part: str, table: Table, where: str) -> Iterator[str]:
+    blocks = torch.split(torch.arange(len(table)), _BLOCK)
+    empty = sum(int((table[index_B]["labels"] == IGNORED).all(1).sum()) for index_B in blocks)
+    if empty:
+        yield f"{where}, {part} has {empty} rows of which no token counts (every label is {IGNORED}): leave them out."
+
+
+def _repeated_ids(experiences: list[Experience]) -> Iterator[str]:
+    """An id names one row: the same one in two experiences would be taken for one that the memory has met."""
+    ids = _ids([t for e in experiences for t in (e.train, e.valid) if t is not None])
+    found, counts = np.unique(ids, return_counts=True)
+    if len(found) < len(ids):
+        yield (
+            f"{int((counts > 1).sum())} row ids are used by several training or valid rows (one of them is "
+            f"{found[counts > 1][0]}): give each row an id of its own."
+        )
 
 
 def _classes(stream: Stream, experiences: list[Experience]) -> Iterator[str]:

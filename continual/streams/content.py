@@ -28,24 +28,22 @@ TEXTS = ("text", "prompt", "completion", "messages")
 _NOT_FEATURES = ("labels", "row", "attention_mask", "weight")
 _ARROW_BATCH = 10_000
 
-_keys: WeakKeyDictionary[Table, dict[tuple[str, ...], Keys]] = WeakKeyDictionary()
+_keys: WeakKeyDictionary[Table, Keys] = WeakKeyDictionary()
 _finite: WeakKeyDictionary[Table, Tensor] = WeakKeyDictionary()
 
 
-def row_keys(table: Table, columns: tuple[str, ...] | None = None) -> Keys:
-    """The key of each row's content, int64 (N,): of :func:`feature_names`, or of ``columns``."""
+def row_keys(table: Table) -> Keys:
+    """The key of each row's content, int64 (N,)."""
     if isinstance(table, View):
-        keys: Keys = row_keys(table.base, columns)[table.index_N.cpu().numpy()]
+        keys: Keys = row_keys(table.base)[table.index_N.cpu().numpy()]
         return keys
     if isinstance(table, Mapped):
-        return row_keys(table.base, columns)
+        return row_keys(table.base)
     if isinstance(table, Concat):
-        return np.concatenate([row_keys(part, columns) for part in table.tables])
-    names = feature_names(table) if columns is None else columns
-    known = _keys.setdefault(table, {})
-    if names not in known:
-        known[names] = _compute(table, names)
-    return known[names]
+        return np.concatenate([row_keys(part) for part in table.tables])
+    if table not in _keys:
+        _keys[table] = _compute(table)
+    return _keys[table]
 
 
 def finite_rows(table: Table) -> Tensor:
@@ -96,7 +94,8 @@ def _is_ragged(table: Table, name: str) -> bool:
     return isinstance(table, ArrowTable) and name in table.pads
 
 
-def _compute(table: Table, names: tuple[str, ...]) -> Keys:
+def _compute(table: Table) -> Keys:
+    names = feature_names(table)
     if isinstance(table, ArrowTable):
         batches = table.dataset.select_columns(list(names)).iter(_ARROW_BATCH)
         return np.concatenate([_digest([[_encoded(v) for v in batch[name]] for name in names]) for batch in batches])

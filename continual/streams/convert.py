@@ -24,7 +24,7 @@ _ALIASES = {
     "features": "inputs", "input": "inputs", "x": "inputs",
     "label": "labels", "target": "labels", "targets": "labels", "y": "labels",
 }  # fmt: skip
-_TOKENS = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
+_TOKENS = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
 _ROW_ROOM = 2**38
 _IN_MEMORY = 2**30
 
@@ -179,6 +179,10 @@ def _from_columns(data: Mapping[str, Any], what: str) -> Table:
     columns: dict[str, Tensor | Ragged | list[Any]] = {}
     for given, values in data.items():
         name = _ALIASES.get(given, given)
+        if name == "token_type_ids":
+            raise StreamError(
+                f"{what}: no model here reads 'token_type_ids': leave the column out, or join the two texts into one."
+            )
         if name in columns:
             raise StreamError(f"{what}: '{given}' and another column are both '{name}': give one of them.")
         columns[name] = _column(name, values, what)

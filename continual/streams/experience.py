@@ -26,6 +26,8 @@ class Experience:
         scenario: ``task``, ``domain`` or ``class`` (van de Ven & Tolias 2019, arXiv 1904.07734).
         objective: what the labels are for.
         total_classes: how many classes the whole stream has; None where it is open.
+        owners: for each of ``classes`` the experience that it belongs to, where that is not this one (all experiences
+            joined into one, in the scenario ``task``).
     """
 
     index: int
@@ -38,3 +40,4 @@ class Experience:
     scenario: Scenario = "class"
     objective: Objective = "classification"
     total_classes: int | None = None
+    owners: tuple[int, ...] | None = None

@@ -93,6 +93,11 @@ class ClassSplit(Spec):
             if self.classes is not None and self.classes > len(order):
                 raise StreamError(f"the split takes {self.classes} classes and there are {len(order)}: take fewer.")
             order = order[: self.classes]
+            if self.size > len(order):
+                raise StreamError(
+                    f"the split puts {self.size} classes into each experience and there are {len(order)}: take a smaller "
+                    "'size', or 'by: joint' for one experience."
+                )
             groups = [order[start : start + self.size] for start in range(0, len(order), self.size)]
         found = {part: by_value(table.column("labels")) for part, table in rows.tables.items()}
         nothing = torch.empty(0, dtype=torch.int64)

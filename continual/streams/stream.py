@@ -262,17 +262,20 @@ class Stream(Sequence[Experience]):
             tables[part] = concat(present) if present else None
         train = tables["train"]
         assert train is not None
+        owner = {label: experience.index for experience in experiences for label in experience.classes}
+        classes = tuple(sorted(owner))
         return Experience(
             index=0,
             name="joint",
             train=train,
             valid=tables["valid"],
             test=tables["test"],
-            classes=tuple(sorted({c for experience in experiences for c in experience.classes})),
+            classes=classes,
             class_names=self.class_names,
             scenario=self.scenario,
             objective=self.objective,
             total_classes=self.total_classes,
+            owners=tuple(owner[label] for label in classes) if self.scenario == "task" else None,
         )
 
     def _like(self, slots: list[_Slot], *, open: bool, name: str | None = None) -> Stream:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from continual import provenance
 from continual.errors import ContinualError, StateError
+from continual.learner.core import resolve_device
 from continual.report.load import CELL, ERROR, RESULT, Failure, load_result
 from continual.state import write_text
 from continual.study.known import BEGUN, Sources, digest, recorded_settings, same_settings
@@ -75,10 +76,11 @@ def run_study(
         One outcome for each cell, in the order of the study.
 
     Raises:
-        SpecError: something in the study is wrong; nothing has run.
+        SpecError: something in the study is wrong, or the device is not there; nothing has run.
         StateError: ``out`` cannot be written or another process runs a study there.
     """
     assert workers >= 1
+    resolve_device(device)
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -158,7 +158,7 @@ def test_advice_on_a_test_set_that_is_too_small() -> None:
     monitor.record(1, {0: scores(40, range(2, 7)), 1: scores(40, 4)})
     retention = monitor.latest()
     needed = retention.lines[0].rows_needed
-    assert needed is not None and f"its 40 rows: give it about {needed} rows" in retention.advice
+    assert needed is not None and needed > 800 and "for any practical number of them" in retention.advice
 
 
 def test_first_update_and_joint_bound_have_nothing_to_compare() -> None:

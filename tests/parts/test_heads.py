@@ -269,7 +269,7 @@ def test_nearest_mean_equals_a_slow_reference_whatever_the_order_of_rows() -> No
                 training.begin(Experience(index, "x", table, classes=(0, 1, 2)))
                 training.end()
             seen.append(training.forward(data).logits)
-            assert head.rows().numel() == 0 and head.nbytes() == 3 * D * 8 + 3 * 8
+            assert head.rows().numel() == 0 and head.nbytes() == 3 * D * (8 + 4) + 3 * (8 + 1)
         torch.testing.assert_close(seen[0], seen[1], rtol=1e-6, atol=1e-6)
         inputs = F.normalize(data["inputs"], dim=1) if head.settings.normalize else data["inputs"]
         means = torch.stack([inputs[data["labels"] == k].mean(0) for k in range(3)])

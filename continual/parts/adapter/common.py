@@ -92,6 +92,12 @@ class Adapters:
                 peft_layer.delete_adapter(adapter)
         return name
 
+    def settle(self) -> None:
+        """Freeze every adapter for good; they stay active, without dropout."""
+        for name in self.names:
+            self.tuner.peft_config[name].inference_mode = True
+            self._freeze(name)
+
     def check_mergeable(self) -> None:
         """Raise :class:`CompositionError` unless adapters add to the base weights without rounding: float32."""
         for name, layer in self.layers.items():
@@ -169,11 +175,14 @@ class Adapters:
                 parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         for old in self.names[:-1]:
-            for parameter in self.parameters(old):
-                parameter.requires_grad_(False)
-            for layer in self.layers.values():
-                peft_layer: Any = layer
-                peft_layer.lora_dropout[old] = nn.Identity()
+            self._freeze(old)
+
+    def _freeze(self, name: str) -> None:
+        for parameter in self.parameters(name):
+            parameter.requires_grad_(False)
+        for layer in self.layers.values():
+            peft_layer: Any = layer
+            peft_layer.lora_dropout[name] = nn.Identity()
 
 
 def transformer_of(model: nn.Module) -> nn.Module:

@@ -26,7 +26,9 @@ class LoRASettings(Spec):
         dropout: of the adapter's input, while it trains.
         target: ``all-linear``, or names of linear layers (whole, or the end of a name as ``q_proj``).
         across_tasks: what a later task does. ``continue`` trains the same adapter on. ``stack`` freezes it, keeps it
-            active and adds another. ``merge`` adds it to the base weights for good and starts a fresh one.
+            active and adds another. ``merge`` adds it to the base weights for good and starts a fresh one. ``first``
+            trains in the first experience only and leaves the features as they are from then on (first-session
+            adaptation, Panos et al. 2023, arXiv 2303.13199), as heads without gradients need it.
         init: how A and B begin. All of these leave the base weights alone and the model's output as it was; those that
             alter the base (pissa, olora, corda, loftq) are not offered.
     """
@@ -36,7 +38,7 @@ class LoRASettings(Spec):
     alpha: float = Field(16, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target: Target = "all-linear"
-    across_tasks: Literal["continue", "stack", "merge"] = "continue"
+    across_tasks: Literal["continue", "stack", "merge", "first"] = "continue"
     init: Literal["default", "gaussian", "orthogonal"] = "default"
     use_rslora: bool = False
 
@@ -66,6 +68,11 @@ class LoRA(Part):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.adapters = Adapters("lora")
+        self._settled = False
+
+    @property
+    def settles(self) -> bool:
+        return self.settings.across_tasks == "first"
 
     def begin(self, context: Context, experience: Experience) -> None:
         """Make, keep, add or replace the adapter.
@@ -76,7 +83,7 @@ class LoRA(Part):
         """
         model: Any = context.model
         across = self.settings.across_tasks
-        model.adapter_replaced = across != "continue"
+        model.adapter_replaced = across in ("stack", "merge")
         if not self.adapters.names or across == "stack":
             self.adapters.add(model, self._config(), self.settings.target)
         elif across == "merge":
@@ -84,15 +91,24 @@ class LoRA(Part):
         if across == "merge":
             self.adapters.check_mergeable()
 
+    def end(self, context: Context, experience: Experience) -> None:
+        """Freeze the adapter for good where it trains in the first experience only."""
+        if self.settles and not self._settled:
+            self.adapters.settle()
+            self._settled = True
+
     def state_dict(self) -> dict[str, Any]:
-        """Names of the adapters in the model, and the folds of those that were merged into it."""
-        return self.adapters.state_dict()
+        """Names of the adapters in the model, the folds of those that were merged into it, and whether it settled."""
+        return {**self.adapters.state_dict(), "settled": self._settled}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Rebuild the structure in a pristine model; the adapters' values are loaded with the model."""
         model: Any = self.context.model
-        model.adapter_replaced = self.settings.across_tasks != "continue"
+        model.adapter_replaced = self.settings.across_tasks in ("stack", "merge")
         self.adapters.rebuild(model, state, self._config, self.settings.target)
+        self._settled = bool(state["settled"])
+        if self._settled:
+            self.adapters.settle()
 
     def nbytes(self) -> int:
         """Bytes of all adapters: those in the model, and the folds of those merged into it."""

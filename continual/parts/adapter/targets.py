@@ -47,11 +47,14 @@ def resolve(transformer: nn.Module, target: Target) -> list[str]:
     names = list(linear_layers(transformer))
     wanted = names if target == "all-linear" else [name for name in names if any(_ends(name, end) for end in target)]
     idle = [] if target == "all-linear" else [end for end in target if not any(_ends(name, end) for name in names)]
-    if idle or not wanted:
-        found = f"adapter.target names {quoted(idle)}, which is" if idle else "there is"
+    if not names:
         raise CompositionError(
-            f"{found} no linear layer of this model: its linear layers are {_listed(names)}; name some of them, or use "
-            "a model that has linear layers."
+            "this model has no linear layer that could carry an adapter: use one that has, or leave the adapter out."
+        )
+    if idle:
+        raise CompositionError(
+            f"adapter.target names {quoted(idle)}, which is no linear layer of this model: its linear layers are "
+            f"{_listed(names)}; name some of them."
         )
     return wanted
 

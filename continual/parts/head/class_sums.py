@@ -1,12 +1,16 @@
-"""Sums of the features of each class over a table, in float64, in one pass without gradients.
+"""Sums of the features of each class, in float64, in one pass without gradients.
 
-Letters: B rows, D features, K classes.
+Sums do not depend on the order of the rows, nor on how they are divided into batches and experiences, but for the last
+bits of float64; and they are as large after a million rows as after one.
+
+Letters: B rows, D features (as they are, or lifted), K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +19,79 @@ from torch.nn import functional as F
 from continual.errors import CompositionError
 from continual.models.model import Model
 from continual.parts.part import Context
-from continual.table import Table
+from continual.table import Batch, Table
+
+
+class ClassSums:
+    """What is added up of the rows of each class.
+
+    Attributes:
+        counts_K: rows, int64 (K,).
+        sums_KD: sums of the features, float64 (K, D).
+        second_DD: sum of the outer products f fᵀ over all rows, float64 (D, D); None unless asked for.
+    """
+
+    def __init__(self, *, second: bool = False) -> None:
+        self.counts_K = torch.zeros(0, dtype=torch.int64)
+        self.sums_KD = torch.zeros(0, 0, dtype=torch.float64)
+        self.second_DD = torch.zeros(0, 0, dtype=torch.float64) if second else None
+
+    def grow(self, classes: int, features: int) -> None:
+        """Have at least ``classes`` classes, of ``features`` features."""
+        if self.sums_KD.shape[1] != features:
+            assert not len(self.counts_K), "the number of features does not change"
+            self.sums_KD = self.sums_KD.new_zeros(0, features)
+            if self.second_DD is not None:
+                self.second_DD = self.second_DD.new_zeros(features, features)
+        more = classes - len(self.counts_K)
+        if more > 0:
+            self.sums_KD = torch.cat([self.sums_KD, self.sums_KD.new_zeros(more, features)])
+            self.counts_K = torch.cat([self.counts_K, self.counts_K.new_zeros(more)])
+
+    def add(self, features_BD: Tensor, labels_B: Tensor) -> None:
+        """Add rows, float64 (B, D); those labelled -100 or beyond the classes count for nothing."""
+        class_K = torch.arange(len(self.counts_K), device=labels_B.device)
+        member_KB = class_K[:, None] == labels_B[None, :]
+        self.sums_KD += member_KB.double() @ features_BD
+        self.counts_K += member_KB.sum(1)
+        if self.second_DD is not None:
+            counted_BD = features_BD * member_KB.any(0)[:, None]
+            self.second_DD.addmm_(counted_BD.T, features_BD)
+
+    def means_KD(self) -> Tensor:
+        """Mean of each class, float64 (K, D); zeros where it has no row."""
+        return self.sums_KD / self.counts_K.clamp(min=1)[:, None]
+
+    def within_DD(self) -> Tensor:
+        """Covariance of the rows about the mean of their class, float64 (D, D), divided by the number of rows.
+
+        (Σ f fᵀ − Σ_k n_k μ_k μ_kᵀ) / N: equal to centring every row by the final mean of its class.
+        """
+        assert self.second_DD is not None, "the second moments are needed"
+        between_DD = self.means_KD().T @ self.sums_KD
+        return (self.second_DD - between_DD) / self.counts_K.sum().clamp(min=1)
+
+    def first(self, classes: int) -> ClassSums:
+        """The same sums without the classes from ``classes`` on; nothing is copied."""
+        part = ClassSums()
+        part.counts_K, part.sums_KD, part.second_DD = self.counts_K[:classes], self.sums_KD[:classes], self.second_DD
+        return part
+
+    def to(self, device: torch.device) -> None:
+        """Move to ``device``."""
+        self.counts_K, self.sums_KD = self.counts_K.to(device), self.sums_KD.to(device)
+        if self.second_DD is not None:
+            self.second_DD = self.second_DD.to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"counts": self.counts_K, "sums": self.sums_KD, "second": self.second_DD}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = self.counts_K.device
+        self.counts_K = state["counts"].to(device, torch.int64, copy=True)
+        self.sums_KD = state["sums"].to(device, torch.float64, copy=True)
+        if self.second_DD is not None:
+            self.second_DD = state["second"].to(device, torch.float64, copy=True)
 
 
 def features_model(context: Context, name: str) -> Model:
@@ -33,10 +109,37 @@ def features_model(context: Context, name: str) -> Model:
     return model
 
 
+def backbone_trains(context: Context) -> bool:
+    """Whether some parameter of the backbone trains now."""
+    model = features_model(context, "the mean of features")
+    return any(parameter.requires_grad for parameter in model.backbone.parameters())
+
+
+def check_steady(context: Context, name: str) -> None:
+    """Raise :class:`CompositionError` when the backbone trains, for a part that has sums of its features already."""
+    if backbone_trains(context):
+        raise CompositionError(
+            f"{name} holds sums of the features of earlier rows, which no longer fit once the backbone trains on: set "
+            "backbone: frozen, or take adapter/lora with across_tasks: first."
+        )
+
+
+def sweep(context: Context, table: Table, take: Callable[[Tensor, Batch], None]) -> None:
+    """Hand the features float64 (B, D) of all rows, each once, and their batches to ``take``.
+
+    There are no gradients, and the model is in eval mode meanwhile.
+    """
+    with torch.no_grad(), eval_mode(context.model):
+        for batch in context.batches(table):
+            features_BD = context.forward(batch).features
+            assert features_BD is not None
+            take(features_BD.double(), batch)
+
+
 def class_sums(context: Context, table: Table, classes: int, *, normalize: bool) -> tuple[Tensor, Tensor]:
     """Sums float64 (K, D) of the features of each class, and rows int64 (K,), on the device.
 
-    The model is in eval mode meanwhile. Rows labelled -100 or beyond ``classes`` count for nothing.
+    Rows labelled -100 or beyond ``classes`` count for nothing.
 
     Args:
         classes: K.
@@ -44,19 +147,15 @@ def class_sums(context: Context, table: Table, classes: int, *, normalize: bool)
     """
     model = features_model(context, "the mean of features")
     assert model.feature_size is not None
-    sums_KD = torch.zeros(classes, model.feature_size, dtype=torch.float64, device=context.device)
-    counts_K = torch.zeros(classes, dtype=torch.int64, device=context.device)
-    class_K = torch.arange(classes, device=context.device)
-    with torch.no_grad(), eval_mode(model):
-        for batch in context.batches(table):
-            features_BD = context.forward(batch).features
-            assert features_BD is not None
-            if normalize:
-                features_BD = F.normalize(features_BD.double(), dim=1)
-            member_KB = class_K[:, None] == batch["labels"][None, :]
-            sums_KD += member_KB.double() @ features_BD.double()
-            counts_K += member_KB.sum(1)
-    return sums_KD, counts_K
+    sums = ClassSums()
+    sums.to(context.device)
+    sums.grow(classes, model.feature_size)
+
+    def take(features_BD: Tensor, batch: Batch) -> None:
+        sums.add(F.normalize(features_BD, dim=1) if normalize else features_BD, batch["labels"])
+
+    sweep(context, table, take)
+    return sums.sums_KD, sums.counts_K
 
 
 @contextmanager

@@ -74,7 +74,11 @@ class GrowingLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(0)) if bias else None
 
     def forward(self, features_BD: Tensor) -> Tensor:
-        """Logits (B, K)."""
+        """Logits float32 (B, K), computed outside autocast: ten classes of a cosine head lie within one step of bf16."""
+        device = features_BD.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self.forward(features_BD.float())
         weight_KD = F.normalize(self.weight, dim=1) if self.normalize else self.weight
         if self.normalize:
             features_BD = F.normalize(features_BD, dim=1)

@@ -2,26 +2,29 @@
 
 A row gets the class whose mean of features over all rows seen so far is nearest (Mensink et al. 2013, TPAMI; in
 continual learning Rebuffi et al. 2017, iCaRL, arXiv 1611.07725, and Janson et al. 2022, arXiv 2210.04428). Sums are
-kept in float64, so the order of the rows does not matter. The means are those of the features at the time the rows were
-seen: with a backbone that trains on, older means grow stale.
+kept in float64, so the order of the rows does not matter.
 
     cosine:     logits_k = scale · (f/‖f‖)·(μ_k/‖μ_k‖)
     euclidean:  logits_k = −scale · ‖f − μ_k‖²
+
+Familiarity is the largest of these without the scale.
 
 Letters: B rows, D features, K classes.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from continual.objective import Objective
-from continual.parts.head.class_sums import class_sums, features_model
+from continual.parts.head.class_sums import ClassSums
+from continual.parts.head.closed_form import EXCLUDES, ClosedForm, Solution
+from continual.parts.head.lift import Lift
 from continual.parts.part import Context, Part, Slot
 from continual.spec import Spec
 from continual.streams.experience import Experience
@@ -44,29 +47,25 @@ class NearestMeanSettings(Spec):
     scale: float = Field(default=1.0, gt=0)
 
 
-class NearestMean(nn.Module):
-    """The head's module: buffers ``means`` float32 (K, D) and ``known`` bool (K,), written by the part."""
+@dataclass(frozen=True)
+class NearestMeans:
+    """The rule; its solution has ``means`` float32 (K, D)."""
 
-    means: Tensor
-    known: Tensor
+    distance: Distance
+    scale: float
 
-    def __init__(self, features: int, distance: Distance, *, normalize: bool, scale: float) -> None:
-        super().__init__()
-        self.distance, self.normalize, self.scale = distance, normalize, scale
-        self.register_buffer("means", torch.zeros(0, features), persistent=False)
-        self.register_buffer("known", torch.zeros(0, dtype=torch.bool), persistent=False)
+    def solve(self, sums: ClassSums) -> Solution:
+        return {"means": sums.means_KD().float()}
 
-    def forward(self, features_BD: Tensor) -> Tensor:
-        """Logits float32 (B, K); a class without rows gets a finite one far below all others."""
-        features_BD, means_KD = features_BD.float(), self.means
-        if self.normalize or self.distance == "cosine":
-            features_BD = F.normalize(features_BD, dim=1)
+    def scores(self, solution: Solution, lifted_BM: Tensor) -> Tensor:
+        means_KD = solution["means"]
         if self.distance == "cosine":
-            logits_BK = features_BD @ F.normalize(means_KD, dim=1).T
-        else:
-            squares_BK = features_BD.square().sum(1, keepdim=True) + means_KD.square().sum(1)
-            logits_BK = 2 * features_BD @ means_KD.T - squares_BK
-        return (self.scale * logits_BK).masked_fill(~self.known, torch.finfo(torch.float32).min / 4)
+            return self.scale * (F.normalize(lifted_BM, dim=1) @ F.normalize(means_KD, dim=1).T)
+        squares_BK = lifted_BM.square().sum(1, keepdim=True) + means_KD.square().sum(1)
+        return self.scale * (2 * lifted_BM @ means_KD.T - squares_BK)
+
+    def familiarity(self, solution: Solution, lifted_BM: Tensor, best_B: Tensor) -> Tensor:
+        return best_B / self.scale
 
 
 class NearestMeanHead(Part):
@@ -80,77 +79,35 @@ class NearestMeanHead(Part):
     Settings: ClassVar[type[Spec]] = NearestMeanSettings
     objectives: ClassVar[tuple[Objective, ...]] = ("classification",)
     needs_head: ClassVar[bool] = True
-    excludes: ClassVar[dict[str, str]] = {
-        "adapter": "an adapter changes the features after the class means were taken, so they no longer fit: "
-        "use head/linear with 'init: mean'",
-    }
+    needs_steady_features: ClassVar[bool] = True
+    excludes: ClassVar[dict[str, str]] = EXCLUDES
     settings: NearestMeanSettings
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.module: NearestMean | None = None
-        self._sums_KD = torch.zeros(0, 0, dtype=torch.float64)
-        self._counts_K = torch.zeros(0, dtype=torch.int64)
+        own = self.settings
+        rule = NearestMeans(own.distance, own.scale)
+        self.closed_form = ClosedForm(rule, Lift(normalize=own.normalize), second=False)
 
     def attach(self, context: Context) -> None:
-        """Set the head of the model.
-
-        Raises:
-            CompositionError: the model gives logits itself.
-        """
         super().attach(context)
-        model = features_model(context, self.name)
-        assert model.feature_size is not None
-        if self.module is None:
-            self.module = self._make(model.feature_size)
-        model.head = self.module.to(context.device)
-        self._sums_KD, self._counts_K = self._sums_KD.to(context.device), self._counts_K.to(context.device)
+        self.closed_form.attach(context, self.name)
 
     def begin(self, context: Context, experience: Experience) -> None:
-        """Add outputs for classes that arrive first; they become known at the end."""
-        self.grow_to(max(experience.classes, default=-1) + 1, context)
+        self.closed_form.begin(context, experience)
 
     def end(self, context: Context, experience: Experience) -> None:
-        """Add the experience's rows to the means."""
-        sums_KD, counts_K = class_sums(
-            context, experience.train, len(self._counts_K), normalize=self.settings.normalize
-        )
-        self._sums_KD = self._sums_KD + sums_KD
-        self._counts_K = self._counts_K + counts_K
-        self._write()
+        self.closed_form.end(context, experience)
 
     def grow_to(self, classes: int, context: Context) -> None:
         """Have at least ``classes`` outputs."""
-        assert self.module is not None, "attach comes first"
-        more = classes - len(self._counts_K)
-        if more > 0:
-            self._sums_KD = torch.cat(
-                [
-                    self._sums_KD.reshape(-1, self.module.means.shape[1]),
-                    self._sums_KD.new_zeros(more, self.module.means.shape[1]),
-                ]
-            )
-            self._counts_K = torch.cat([self._counts_K, self._counts_K.new_zeros(more)])
-            self._write()
+        self.closed_form.grow_to(classes, context)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self._sums_KD, "counts": self._counts_K}
+        return self.closed_form.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        device = self._sums_KD.device
-        self._sums_KD = state["sums"].to(device, torch.float64, copy=True)
-        self._counts_K = state["counts"].to(device, torch.int64, copy=True)
-        if self.module is None and self._sums_KD.shape[1]:
-            self.module = self._make(self._sums_KD.shape[1])
-        if self.module is not None:
-            self._write()
+        self.closed_form.load_state_dict(state, getattr(self, "context", None))
 
-    def _make(self, features: int) -> NearestMean:
-        settings = self.settings
-        self._sums_KD = self._sums_KD.reshape(-1, features)
-        return NearestMean(features, settings.distance, normalize=settings.normalize, scale=settings.scale)
-
-    def _write(self) -> None:
-        assert self.module is not None
-        self.module.known = self._counts_K > 0
-        self.module.means = (self._sums_KD / self._counts_K.clamp(min=1)[:, None]).float()
+    def nbytes(self) -> int:
+        return self.closed_form.nbytes()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from torch.nn import functional as F
 
 LIMIT = 2**23
 """Floats of per-row gradients held at once (32 MiB)."""
+Power = Literal[1, 2]
+"""What is summed over rows: the absolute gradient, or its square."""
 
 
 @dataclass(frozen=True)
@@ -29,34 +31,47 @@ class Form:
 
     Attributes:
         rows: (a, d) → the gradient of each row, (B, *shape).
-        squares: (total, a, d) → adds the sum over rows of the squared gradients to ``total`` without forming them all;
+        powers: (total, a, d, power) → adds the sum over rows of |gradient|^power to ``total`` without forming them all;
             None where there is no shorter way.
     """
 
     rows: Callable[[Tensor, Tensor], Tensor]
-    squares: Callable[[Tensor, Tensor, Tensor], None] | None = None
+    powers: Callable[[Tensor, Tensor, Tensor, Power], None] | None = None
 
 
-def add_squares(total: Tensor, uses: Sequence[tuple[Form, Tensor, Tensor]]) -> None:
-    """Add to ``total`` the sum over rows of the squared gradient; a row's uses of it are summed before squaring.
+Uses = Sequence[tuple[Form, Tensor, Tensor]]
+"""(form, a, d) for every use of one parameter in one forward pass."""
+
+
+def powered(x: Tensor, power: Power) -> Tensor:
+    """|x|^power."""
+    return x.square() if power == 2 else x.abs()
+
+
+def add_powers(total: Tensor, uses: Uses, power: Power) -> None:
+    """Add to ``total`` the sum over rows of |gradient|^power; a row's uses of the parameter are summed before that.
 
     Args:
         total: float32, the parameter's shape.
-        uses: (form, a, d) for every use of the parameter in one forward pass.
     """
-    if len(uses) == 1 and uses[0][0].squares is not None:
+    if len(uses) == 1 and uses[0][0].powers is not None:
         form, a, d = uses[0]
-        assert form.squares is not None
-        form.squares(total, a, d)
+        assert form.powers is not None
+        form.powers(total, a, d, power)
         return
     rows = uses[0][2].shape[0]
     step = max(1, LIMIT // max(total.numel(), 1))
     for start in range(0, rows, step):
-        part = slice(start, start + step)
-        gradient = uses[0][0].rows(uses[0][1][part], uses[0][2][part])
-        for form, a, d in uses[1:]:
-            gradient = gradient + form.rows(a[part], d[part])
-        total.add_(gradient.square().sum(0))
+        gradient = summed_rows(uses, slice(start, start + step))
+        total.add_(powered(gradient, power).sum(0))
+
+
+def summed_rows(uses: Uses, part: slice) -> Tensor:
+    """The gradient of each of the rows in ``part``, (B, *shape), over all uses of the parameter."""
+    gradient = uses[0][0].rows(uses[0][1][part], uses[0][2][part])
+    for form, a, d in uses[1:]:
+        gradient = gradient + form.rows(a[part], d[part])
+    return gradient
 
 
 def closed_forms(module: nn.Module) -> list[tuple[nn.Parameter, Form]]:
@@ -87,14 +102,14 @@ def _linear_rows(a: Tensor, d: Tensor) -> Tensor:
     return torch.bmm(_tokens(d).mT, _tokens(a))
 
 
-def _linear_squares(total_OI: Tensor, a: Tensor, d: Tensor) -> None:
+def _linear_powers(total_OI: Tensor, a: Tensor, d: Tensor, power: Power) -> None:
     if a.dim() == 2:
-        total_OI.addmm_(d.square().T, a.square())
+        total_OI.addmm_(powered(d, power).T, powered(a, power))
     else:
-        add_squares(total_OI, [(Form(_linear_rows), a, d)])
+        add_powers(total_OI, [(Form(_linear_rows), a, d)], power)
 
 
-LINEAR = Form(_linear_rows, _linear_squares)
+LINEAR = Form(_linear_rows, _linear_powers)
 BIAS = Form(lambda a, d: d if d.dim() == 2 else _tokens(d).sum(1))
 TRANSPOSED = Form(lambda a, d: torch.bmm(_tokens(a).mT, _tokens(d)))
 
@@ -135,15 +150,15 @@ def _embedding(module: nn.Embedding) -> Form:
         place = ids_BT + torch.arange(B, device=ids.device)[:, None] * V
         return d_BTD.new_zeros(B * V, D).index_add_(0, place.flatten(), d_BTD.flatten(0, 1)).view(B, V, D)
 
-    def squares(total_VD: Tensor, ids: Tensor, d: Tensor) -> None:
+    def powers(total_VD: Tensor, ids: Tensor, d: Tensor, power: Power) -> None:
         ids_BT, d_BTD = flat(ids, d)
         step = max(1, LIMIT // max(ids_BT.shape[1] * max(ids_BT.shape[1], d_BTD.shape[2]), 1))
         for i, g in zip(torch.split(ids_BT, step), torch.split(d_BTD, step), strict=True):
             same_BTT = (i[:, :, None] == i[:, None, :]).to(g.dtype)
-            square_BTD = torch.bmm(same_BTT, g).square_().div_(same_BTT.sum(2, keepdim=True))
-            total_VD.index_add_(0, i.flatten(), square_BTD.flatten(0, 1))
+            power_BTD = powered(torch.bmm(same_BTT, g), power).div_(same_BTT.sum(2, keepdim=True))
+            total_VD.index_add_(0, i.flatten(), power_BTD.flatten(0, 1))
 
-    return Form(rows, squares)
+    return Form(rows, powers)
 
 
 def _adalora(layer: Any) -> list[tuple[Any, Form]]:

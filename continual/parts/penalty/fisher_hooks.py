@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from continual.errors import ModelError
-from continual.parts.penalty.fisher_forms import Form, add_squares
+from continual.parts.penalty.fisher_forms import Form
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,3 @@ class Recorder:
             for key, form in call.site.forms.items():
                 found.setdefault(key, []).append((form, a, delta.float()))
         return found
-
-    def add(self, deltas: Sequence[Tensor | None], totals: dict[str, Tensor]) -> None:
-        """Add the sum over rows of the squared gradients of one backward pass to ``totals`` (float32, by key)."""
-        for key, uses in self.uses(deltas).items():
-            add_squares(totals[key], uses)

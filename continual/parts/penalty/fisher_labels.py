@@ -10,7 +10,7 @@ Letters: B rows, K classes, T tokens, V vocabulary, N places that a label is dra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,26 +28,37 @@ from continual.table import IGNORED, Batch
 Labels = Literal["true", "sampled", "predicted", "all"]
 
 
+Measure = Callable[[Context, Output, Batch, Tensor | None], Tensor]
+"""(context, output, batch, active) → what is differentiated, one number a row, (B,)."""
+
+
+def surprise(context: Context, output: Output, batch: Batch, active: Tensor | None) -> Tensor:
+    """The negative log-likelihood of each row, (B,), as its objective defines it."""
+    if context.objective == "classification":
+        return objectives.loss_rows("classification", output.logits.float(), batch, active)
+    return context.loss_rows(output, batch)
+
+
 @dataclass(frozen=True)
 class Target:
-    """Rows with the labels that their likelihood is taken at.
+    """Rows with the labels that something is measured at.
 
     Attributes:
         batch: with those labels.
         active: the classes that compete, bool (K,) or (B, K), or None for all.
-        root: square root of the weight of each row's squared gradient, float (B,), or None for 1.
+        root: what each row's gradient is multiplied with, float (B,), or None for 1; for a Fisher the square root of
+            the weight of its square.
+        measure: what is differentiated.
     """
 
     batch: Batch
     active: Tensor | None = None
     root: Tensor | None = None
+    measure: Measure = surprise
 
     def losses(self, context: Context, output: Output) -> Tensor:
-        """The loss of each row times ``root``, (B,)."""
-        if context.objective == "classification":
-            losses_B = objectives.loss_rows("classification", output.logits.float(), self.batch, self.active)
-        else:
-            losses_B = context.loss_rows(output, self.batch)
+        """The measure of each row times ``root``, (B,)."""
+        losses_B = self.measure(context, output, self.batch, self.active)
         return losses_B if self.root is None else losses_B * self.root
 
 

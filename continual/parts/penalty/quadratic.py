@@ -17,6 +17,24 @@ from torch import Tensor
 from continual.errors import CompositionError
 
 
+def grown(name: str, tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor`` on the device of ``like``, in its shape: rows that came since are zeros.
+
+    Raises:
+        CompositionError: another shape in any other way.
+    """
+    tensor = tensor.to(like.device)
+    if tensor.shape == like.shape:
+        return tensor
+    if tensor.dim() != like.dim() or tensor.shape[1:] != like.shape[1:] or len(tensor) > len(like):
+        raise CompositionError(
+            f"'{name}' had shape {tuple(tensor.shape)} when the penalty was computed, now {tuple(like.shape)}: "
+            "a penalty follows tensors that grow along their first axis only; set space to 'weights' where an "
+            "adapter is replaced."
+        )
+    return torch.cat([tensor, tensor.new_zeros(len(like) - len(tensor), *tensor.shape[1:])])
+
+
 class Quadratic:
     """``sum A (theta - mu)^2 + c`` over named tensors.
 
@@ -59,15 +77,7 @@ class Quadratic:
         Raises:
             CompositionError: another shape in any other way.
         """
-        A, mu = self.curvature[name].to(like.device), self.anchor[name].to(like.device)
-        if A.shape != like.shape:
-            if A.dim() != like.dim() or A.shape[1:] != like.shape[1:] or len(A) > len(like):
-                raise CompositionError(
-                    f"'{name}' had shape {tuple(A.shape)} when the penalty was computed, now {tuple(like.shape)}: "
-                    "a penalty follows tensors that grow along their first axis only; set space to 'weights' where an "
-                    "adapter is replaced."
-                )
-            A, mu = (torch.cat([old, old.new_zeros(len(like) - len(old), *old.shape[1:])]) for old in (A, mu))
+        A, mu = (grown(name, tensor, like) for tensor in (self.curvature[name], self.anchor[name]))
         self._set(name, A, mu)
         return A, mu
 

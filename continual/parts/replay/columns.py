@@ -25,7 +25,7 @@ _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2*
 
 @dataclass(frozen=True)
 class Form:
-    """One column: rows of ``shape``; tokens are integers (C, widest row) with a vector of lengths beside them."""
+    """One column: rows of ``shape``; with ``tokens`` (C, widest row) with a vector of lengths beside them."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -55,6 +55,8 @@ def form_of(name: str, column: Tensor, lengths_B: Tensor | None) -> Form:
     """The smallest form that holds these rows."""
     if lengths_B is None:
         return Form(tuple(column.shape[1:]), column.dtype)
+    if column.is_floating_point():
+        return Form((int(lengths_B.max()),), column.dtype, tokens=True)
     fill = PADS.get(name, 0)
     kept = column[within(lengths_B, column.shape[1]).to(column.device)]
     low, high = (int(value) for value in kept.aminmax()) if kept.numel() else (fill, fill)

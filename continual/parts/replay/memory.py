@@ -2,8 +2,9 @@
 
 Dense columns lie as (C, ...) in their own dtype. Token columns (``input_ids``, two-dimensional integer ``labels``) lie
 as (C, widest row) in the smallest integer dtype that holds them, with a vector of lengths; the attention mask is not
-stored but rebuilt. Storage is allocated again only when a longer row (or a larger token id) comes, or the capacity is
-changed. Nothing of the tables that rows came from is kept.
+stored but rebuilt. Dense columns that grow (the logits of a head that does) lie in the same way. Storage is allocated
+again only when a longer row (or a larger token id) comes, or the capacity is changed. Nothing of the tables that rows
+came from is kept.
 
 Letters: B rows of a batch, C capacity in rows, K rows that stay, T tokens.
 """
@@ -44,6 +45,7 @@ class Memory:
         device: where ``device`` storage lies.
         folder: for ``memmap``.
         beside: bytes that the owner keeps beside each row, counted against a capacity in bytes.
+        growing: floating-point columns (B, width) whose width may grow from one batch to the next.
 
     Raises:
         SpecError: a capacity that holds no row, or ``memmap`` without a folder.
@@ -57,6 +59,7 @@ class Memory:
         device: torch.device | None = None,
         folder: str | Path | None = None,
         beside: int = 0,
+        growing: tuple[str, ...] = (),
     ) -> None:
         self.byte_limit = parse_bytes(capacity) if isinstance(capacity, str) else None
         self.capacity = 0 if isinstance(capacity, str) else capacity
@@ -66,6 +69,7 @@ class Memory:
             raise SpecError("a folder belongs to storage: memmap, and memmap needs one: give both or neither.")
         self.storage, self.folder, self.beside = storage, None if folder is None else Path(folder), beside
         self.device = torch.device("cpu") if storage != "device" or device is None else device
+        self.growing = growing
         self.forms: dict[str, Form] = {}
         self._order: list[str] = []
         self._aligned = True
@@ -89,7 +93,7 @@ class Memory:
 
     @property
     def elastic(self) -> bool:
-        """Whether wider rows make fewer fit: bounded in bytes, with token columns."""
+        """Whether wider rows make fewer fit: bounded in bytes, with columns that can get wider."""
         return self.byte_limit is not None and any(form.tokens for form in self.forms.values())
 
     def batch(self, index_B: Tensor) -> Batch:
@@ -98,8 +102,8 @@ class Memory:
         place_B = index_B.to(self.device, non_blocking=True)
         lengths = {name: lengths_C.index_select(0, index_B) for name, lengths_C in self._lengths.items()}
         widths = {name: max(int(lengths_B.max()), 1) if len(lengths_B) else 1 for name, lengths_B in lengths.items()}
-        if self._aligned and len(widths) == 2:
-            widths["labels"] = max(widths.values())
+        if self._aligned and widths.keys() >= {"input_ids", "labels"}:
+            widths["labels"] = max(widths["input_ids"], widths["labels"])
         for name in self._order:
             if name == "attention_mask" and "input_ids" in lengths:
                 mask_BT = within(lengths["input_ids"], widths["input_ids"]).to(torch.int64)
@@ -107,13 +111,18 @@ class Memory:
             elif name in widths:
                 values_CT = self._values[name]
                 short = widths[name] - values_CT.shape[1]
-                rows_BT = values_CT[:, : widths[name]].index_select(0, place_B).to(torch.int64)
+                rows_BT = values_CT[:, : widths[name]].index_select(0, place_B)
+                rows_BT = rows_BT if rows_BT.is_floating_point() else rows_BT.to(torch.int64)
                 if short > 0:
                     rows_BT = torch.nn.functional.pad(rows_BT, (0, short), value=self.forms[name].fill)
                 found[name] = rows_BT
             else:
                 found[name] = self._values[name].index_select(0, place_B)
         return found
+
+    def widths(self, name: str, index_B: Tensor) -> Tensor:
+        """Own width of the rows at ``index_B`` in a token column or one that grows, int32 CPU (B,)."""
+        return self._lengths[name].index_select(0, index_B)
 
     def fit(self, batch: Batch, keep: Keep | None = None) -> None:
         """Make room for rows like these: learn the columns from the first batch, widen token columns for a longer row.
@@ -126,12 +135,17 @@ class Memory:
             StreamError: the columns are not those of the rows before.
         """
         if len(batch["labels"]):
-            self._fit(batch, token_lengths(batch), keep)
+            self._fit(batch, self._lengths_of(batch), keep)
+
+    def _lengths_of(self, batch: Batch) -> dict[str, Tensor]:
+        grown = {name: batch[name] for name in self.growing if name in batch}
+        full = {name: torch.full((len(c),), c.shape[1], dtype=LENGTH_DTYPE) for name, c in grown.items()}
+        return {**token_lengths(batch), **full}
 
     def _fit(self, batch: Batch, lengths: dict[str, Tensor], keep: Keep | None) -> None:
         stored = [name for name in batch if not (name == "attention_mask" and "input_ids" in lengths)]
         forms = {name: form_of(name, batch[name], lengths.get(name)) for name in stored}
-        if len(lengths) == 2 and batch["labels"].shape != batch["input_ids"].shape:
+        if lengths.keys() >= {"input_ids", "labels"} and batch["labels"].shape != batch["input_ids"].shape:
             self._aligned = False
         if self.forms:
             self._check(forms)
@@ -154,7 +168,7 @@ class Memory:
         """
         if not len(places_B):
             return
-        lengths = token_lengths(batch)
+        lengths = self._lengths_of(batch)
         self._fit(batch, lengths, None)
         last = int(places_B.max())
         assert last < self.capacity, f"place {last} of a memory of {self.capacity} rows"

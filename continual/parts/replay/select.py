@@ -8,6 +8,8 @@ saved and loaded in between: equal probability without the counter of Vitter's r
 ``ceiling`` of a group is the smallest key that it has given up: what it holds is, at any time, all its rows below the
 ceiling that were not erased. After an erasure it fills up again as fast as new rows come, none of them favoured.
 
+Whoever offers rows may bring keys of another meaning (age, rank) in place of random ones: the smallest are kept.
+
 Letters: B rows offered, C candidates among them, A accepted, N rows held, M = N + C, G groups, K rows that stay.
 """
 
@@ -110,13 +112,15 @@ class Selection:
         """int64 (N,), place by place; zeros where there are no groups."""
         return self._groups[: self._count] if self.grouped else torch.zeros(self._count, dtype=torch.int64)
 
-    def candidates(self, rows_B: Tensor, groups_B: Tensor | None = None) -> Tensor:
-        """Which of these rows may be accepted, int64 (C,) ascending: below the ceiling, not held, each once.
+    def candidates(self, rows_B: Tensor, groups_B: Tensor | None = None, keys_B: Tensor | None = None) -> Tensor:
+        """Which of these rows may be accepted, int64 (C,) ascending: below the ceiling, with a key not held, each once.
 
         Args:
             rows_B, groups_B: int64 CPU (B,); groups are non-negative, and None where there are none.
+            keys_B: int64 CPU (B,), different for different rows, in place of the random ones; the largest int64 stands for
+                a row that is not wanted.
         """
-        keys_B = row_keys(rows_B, self.seed)
+        keys_B = row_keys(rows_B, self.seed) if keys_B is None else keys_B
         if groups_B is None:
             below_B = keys_B < int(self._ceilings_G[0])
         else:
@@ -130,11 +134,11 @@ class Selection:
         fresh_C[1:] &= keys_C[1:] != keys_C[:-1]
         return index_C[order_C[fresh_C]].sort().values
 
-    def plan(self, rows_C: Tensor, groups_C: Tensor | None, capacity: int) -> Plan:
+    def plan(self, rows_C: Tensor, groups_C: Tensor | None, capacity: int, keys_C: Tensor | None = None) -> Plan:
         """What accepting the best of these candidates would change; nothing is changed yet."""
         if groups_C is None:
             groups_C = torch.zeros_like(rows_C)
-        keys_C = row_keys(rows_C, self.seed)
+        keys_C = row_keys(rows_C, self.seed) if keys_C is None else keys_C
         keys_M, groups_M = torch.cat([self.keys_N, keys_C]), torch.cat([self.groups_N, groups_C])
         stays_M, ceilings_G = self._choose(keys_M, groups_M, capacity)
         index_A = stays_M[self._count :].nonzero().flatten()

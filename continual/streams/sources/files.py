@@ -66,7 +66,10 @@ class FilesSource(TabularSource):
         """
         raws: dict[Part, Raw] = {}
         for part, path in self._paths(place).items():
-            raws[part] = self.raw(read_file(path), objective, f"'{path}'")
+            try:
+                raws[part] = self.raw(read_file(path), objective, f"'{path}'")
+            except UnicodeDecodeError as error:
+                raise StreamError(_unreadable(path, error)) from error
         for part in ("valid", "test"):
             share = getattr(self.shares, part)
             if share and part in raws:
@@ -89,11 +92,14 @@ class FilesSource(TabularSource):
             raise StreamError("the source 'files' has no 'path': name one there, or a folder with --data.")
         path = place.find(Path(self.path or ""), lambda p: p.is_file() or bool(_parts_in(p)))
         if path is None:
-            raise StreamError(f"no training file was found for '{self.path or place.data}': {self._advice(place)}")
+            raise StreamError(
+                f"no training file was found for '{self.path or place.data}' (a folder needs one called train, with "
+                f"{quoted(SUFFIXES)}): {self._advice(place)}"
+            )
         return {"train": path} if path.is_file() else _parts_in(path)
 
     def _advice(self, place: Place) -> str:
-        looked = quoted(place.candidates(Path(self.path or "")))
+        looked = quoted(dict.fromkeys(path.resolve() for path in place.candidates(Path(self.path or ""))))
         return f"looked in {looked}; name the folder with --data or the environment variable CONTINUAL_DATA."
 
 
@@ -133,8 +139,21 @@ def read_file(path: Path) -> datasets.Dataset:
         with quiet():
             return readers[path.suffix](str(path), cache_dir=str(cache_folder() / "files"))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise StreamError(f"'{path}' could not be read ({reason}): mend the file.") from error
+        raise StreamError(_unreadable(path, error.__cause__ or error)) from error
+
+
+def _unreadable(path: Path, error: BaseException) -> str:
+    reason = " ".join(str(error).split())
+    if isinstance(error, UnicodeDecodeError):
+        return f"'{path}' is not UTF-8 ({error.reason}): save it as UTF-8."
+    if "corresponds to no data" in reason:
+        return f"'{path}' holds no rows: give it some."
+    if isinstance(error, OSError) and error.errno is not None:
+        return (
+            f"'{path}' could not be taken into the cache '{cache_folder()}' ({reason}): free some space, or name another "
+            "cache folder in the environment variable CONTINUAL_CACHE."
+        )
+    return f"'{path}' could not be read ({reason}): mend the file."
 
 
 def _parts_in(folder: Path) -> dict[Part, Path]:

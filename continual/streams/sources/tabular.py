@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from continual.errors import StreamError, quoted
+from continual.errors import StreamError, nearest, quoted
 from continual.objective import Objective
 from continual.spec import Spec
 from continual.streams.columns import named
@@ -61,7 +61,8 @@ class TabularSource(Spec):
         columns = self._feature_columns(dataset, objective, where)
         for name in (*columns.values(), *(self.features or ()), self.domain, self.time, self.id):
             if name is not None and name not in dataset.column_names:
-                raise StreamError(f"{where}: there is no column '{name}': it has {quoted(dataset.column_names)}.")
+                header = " The first line of a CSV file names its columns." if where.endswith(".csv'") else ""
+                raise StreamError(f"{where}: there is no column '{name}': {_columns(dataset, name)}{header}")
         on_disk = self.keep == "disk" or (self.keep == "auto" and dataset.data.nbytes > KEEP_IN_MEMORY)
         table = self._inputs(dataset, on_disk, where) if self.features else _texts(dataset, columns, on_disk)
         return Raw(
@@ -111,7 +112,7 @@ class TabularSource(Spec):
         name = self.label or next((n for n in ("label", "labels") if n in dataset.column_names), "label")
         if name not in dataset.column_names:
             raise StreamError(
-                f"{where}: there is no column '{name}' for labels: it has {quoted(dataset.column_names)}."
+                f"{where}: there is no column '{name}' for labels in 'source.label': {_columns(dataset, name)}"
             )
         values = list(dataset[name])
         names = getattr(dataset.features[name], "names", None)
@@ -122,7 +123,7 @@ class TabularSource(Spec):
         for name in names:
             if not _is_numeric(dataset.features[name]):
                 raise StreamError(
-                    f"{where}: '{name}' is not numeric ({dataset.features[name]}): leave it out of 'features'."
+                    f"{where}: '{name}' is not numeric in every row: mend the rows, or leave it out of 'features'."
                 )
         if not on_disk:
             return TensorTable({"inputs": torch.from_numpy(_matrix(dataset.with_format("numpy"), names, where))})
@@ -142,6 +143,11 @@ def _texts(dataset: datasets.Dataset, columns: dict[str, str], on_disk: bool) ->
         return TensorTable({name: list(dataset[column]) for name, column in columns.items()})
     chosen = dataset.select_columns(list(columns.values()))
     return ArrowTable(chosen.rename_columns({column: name for name, column in columns.items() if column != name}))
+
+
+def _columns(dataset: datasets.Dataset, name: str) -> str:
+    found = dataset.column_names
+    return f"it has {quoted(found)}; name one of them.{nearest(name, found)}"
 
 
 @contextmanager
@@ -168,8 +174,12 @@ def _is_numeric(feature: Any) -> bool:
 def _matrix(columns: Any, names: list[str], where: str) -> npt.NDArray[np.float32]:
     parts = []
     for name in names:
-        values = np.asarray(columns[name])
-        if values.dtype == object:
+        try:
+            values = np.asarray(columns[name])
+            uneven = values.dtype == object
+        except ValueError:
+            uneven = True
+        if uneven:
             raise StreamError(f"{where}: the rows of '{name}' have different lengths: make them alike.")
         parts.append(values.reshape(len(values), -1).astype(np.float32))
     return np.concatenate(parts, axis=1)

@@ -1,0 +1,206 @@
+"""What heads without gradients share: sums of features go in, a rule makes class scores of them.
+
+Each such head is a part of its own, with a rule (nearest mean, linear discriminants, ridge regression) and an instance
+of :class:`ClosedForm`, to which it hands the hooks. The rows of an experience are added at its end, in one pass.
+
+**First session.** Where the backbone trains while nothing has been added up yet (``adapter/lora`` with ``across_tasks:
+first``), the model has a cosine head with class means as its first weights (``linear.py``) until the experience ends;
+then that head is dropped and the rule takes over (Panos et al. 2023, arXiv 2303.13199; McDonnell et al. 2023, arXiv
+2307.02251, phase 1). A backbone that trains on later is refused, since the sums would be those of other features.
+
+Letters: B rows, D features, M lifted features, K outputs, k classes when the rule was last solved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from continual.parts.head.class_sums import ClassSums, backbone_trains, check_steady, features_model, sweep
+from continual.parts.head.lift import Lift
+from continual.parts.head.linear import LinearHead
+from continual.parts.part import Context
+from continual.state import tensor_bytes
+from continual.streams.experience import Experience
+from continual.table import Batch, Table
+
+UNKNOWN = torch.finfo(torch.float32).min / 4
+"""The score of a class without rows: finite, and far below all others."""
+EXCLUDES = {
+    "replay": "it has no gradients, and its sums hold every earlier row exactly, so nothing would learn from replayed "
+    "ones: leave replay out, or take head/linear",
+    "penalty": "its sums cannot be forgotten and no parameter trains after the first experience, so there is nothing to "
+    "hold: leave the penalty out, or take head/linear",
+}
+"""What no head without gradients can be combined with."""
+
+Solution = dict[str, Tensor]
+
+
+@runtime_checkable
+class Familiar(Protocol):
+    """A head that can say how much a row is like what was learnt, in order to turn away what is out of scope."""
+
+    def familiarity(self, features_BD: Tensor) -> Tensor:
+        """float32 (B,), higher is more familiar; the scale is the head's own, so a threshold is set on known rows."""
+
+
+class Rule(Protocol):
+    """Class scores in closed form."""
+
+    def solve(self, sums: ClassSums) -> Solution:
+        """What the scores need, by name, in float32; at least one class has rows."""
+
+    def scores(self, solution: Solution, lifted_BM: Tensor) -> Tensor:
+        """Scores float32 (B, k), any finite value for a class without rows."""
+
+    def familiarity(self, solution: Solution, lifted_BM: Tensor, best_B: Tensor) -> Tensor:
+        """float32 (B,), from the best score of a known class."""
+
+
+class ClassScores(nn.Module):
+    """The head's module: scores of ``outputs`` classes by a rule. Its buffers are made from the sums, not saved."""
+
+    known: Tensor
+
+    def __init__(self, rule: Rule, lift: Lift) -> None:
+        super().__init__()
+        self.rule, self.lift, self.outputs = rule, lift, 0
+        self.solved: tuple[str, ...] = ()
+        self.register_buffer("known", torch.zeros(0, dtype=torch.bool), persistent=False)
+
+    def solve(self, sums: ClassSums) -> None:
+        """Take over the sums."""
+        self.known = sums.counts_K > 0
+        solution = self.rule.solve(sums) if bool(self.known.any()) else {}
+        self.solved = tuple(solution)
+        for name, tensor in solution.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def solution(self) -> Solution:
+        """The buffers that the rule made; none before the first rows."""
+        return {name: self.get_buffer(name) for name in self.solved}
+
+    def forward(self, features_BD: Tensor) -> Tensor:
+        """Logits float32 (B, K), computed in float32 also under autocast; :data:`UNKNOWN` for a class without rows."""
+        if not self.solved:
+            return features_BD.new_full((len(features_BD), self.outputs), UNKNOWN, dtype=torch.float32)
+        with torch.autocast(features_BD.device.type, enabled=False):
+            scores_Bk = self.rule.scores(self.solution(), self.lift(features_BD.float()))
+        scores_Bk = scores_Bk.masked_fill(~self.known, UNKNOWN)
+        return F.pad(scores_Bk, (0, self.outputs - scores_Bk.shape[1]), value=UNKNOWN)
+
+    def familiarity(self, features_BD: Tensor) -> Tensor:
+        """float32 (B,), see :class:`Familiar`; :data:`UNKNOWN` while nothing is known."""
+        if not self.solved:
+            return features_BD.new_full((len(features_BD),), UNKNOWN, dtype=torch.float32)
+        with torch.autocast(features_BD.device.type, enabled=False):
+            solution, lifted_BM = self.solution(), self.lift(features_BD.float())
+            scores_Bk = self.rule.scores(solution, lifted_BM).masked_fill(~self.known, UNKNOWN)
+            return self.rule.familiarity(solution, lifted_BM, scores_Bk.amax(1))
+
+
+class ClosedForm:
+    """Sums, rule and first session of one head.
+
+    Args:
+        rule: makes scores of sums.
+        lift: what features become before they are added up.
+        second: whether the rule needs the second moments.
+    """
+
+    def __init__(self, rule: Rule, lift: Lift, *, second: bool) -> None:
+        self.sums = ClassSums(second=second)
+        self.module = ClassScores(rule, lift)
+        self.first: LinearHead | None = None
+        self._name = ""
+        self._solved = 0
+
+    def attach(self, context: Context, name: str) -> None:
+        """Set the head of the model.
+
+        Raises:
+            CompositionError: the model gives logits itself.
+        """
+        model = features_model(context, name)
+        self._name = name
+        self.sums.to(context.device)
+        model.head = self.module.to(context.device)
+        if self.first is not None:
+            self.first.attach(context)
+
+    def begin(self, context: Context, experience: Experience) -> None:
+        """Add outputs for classes that arrive first; they become known at the end.
+
+        Raises:
+            CompositionError: the backbone trains, and rows have been added up already.
+        """
+        if bool(self.sums.counts_K.any()):
+            check_steady(context, self._name)
+        elif backbone_trains(context):
+            self.first = LinearHead(init="mean", normalize=True)
+            self.first.attach(context)
+            self.first.begin(context, experience)
+        self.grow_to(max(experience.classes, default=-1) + 1, context)
+
+    def grow_to(self, classes: int, context: Context) -> None:
+        """Have at least ``classes`` outputs."""
+        features = features_model(context, self._name).feature_size
+        assert features is not None
+        lift = self.module.lift
+        lift.draw(features, context.randomness.generator("random features"))
+        self.sums.grow(classes, lift.width(features))
+        self.module.outputs = len(self.sums.counts_K)
+        if self.first is not None:
+            self.first.grow_to(self.module.outputs, context)
+
+    def end(self, context: Context, experience: Experience) -> None:
+        """Add the experience's rows and solve."""
+        self.collect(context, experience.train)
+        self.solve()
+
+    def collect(self, context: Context, table: Table, also: Callable[[Tensor, Batch], None] | None = None) -> None:
+        """End a first session and add rows; ``also`` sees their lifted features float64 (B, M) as well."""
+        if self.first is not None:
+            features_model(context, self._name).head, self.first = self.module, None
+
+        def take(features_BD: Tensor, batch: Batch) -> None:
+            lifted_BM = self.module.lift(features_BD)
+            self.sums.add(lifted_BM, batch["labels"])
+            if also is not None:
+                also(lifted_BM, batch)
+
+        sweep(context, table, take)
+
+    def solve(self) -> None:
+        """Bring the scores up to date with the sums."""
+        self._solved = len(self.sums.counts_K)
+        self.module.solve(self.sums)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **self.sums.state_dict(),
+            "drawn": self.module.lift.drawn(),
+            "solved": self._solved,
+            "first": None if self.first is None else self.first.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], context: Context | None) -> None:
+        """Go on from ``state``: the scores are solved again from the very sums of the last time, so to the same bits."""
+        self.sums.load_state_dict(state)
+        self.module.lift.load_drawn(state["drawn"])
+        self.module.outputs, self._solved = len(self.sums.counts_K), int(state["solved"])
+        self.module.solve(self.sums.first(self._solved))
+        if state["first"] is not None:
+            self.first = LinearHead(init="mean", normalize=True)
+            if context is not None:
+                self.first.attach(context)
+            self.first.load_state_dict(state["first"])
+
+    def nbytes(self) -> int:
+        """Bytes of the sums, of what was drawn, and of what was solved; a first session's head is among the weights."""
+        return tensor_bytes([self.state_dict(), self.module.solution(), self.module.known])
