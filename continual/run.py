@@ -55,7 +55,8 @@ def run_cell(
     Args:
         model: None takes the stream's own.
         resume: go on from the checkpoint in ``out``; a finished run is returned as it is.
-        overrides: dotted key of the strategy → value.
+        overrides: dotted key of the strategy → value; they become part of its name.
+        strategy_name: what reports call it instead.
         on_update: called with each :class:`~continual.learner.update.Update`.
 
     Raises:
@@ -64,7 +65,8 @@ def run_cell(
     """
     out = Path(out)
     chosen = Strategy.load(strategy, overrides=overrides)
-    chosen.name = strategy_name or chosen.name
+    plain = chosen.name
+    chosen.name = strategy_name or _with_overrides(plain, overrides or {})
     resolve_device(device)
     spec, _ = read_stream_spec(stream)
     base = model if model is not None else (spec.model or "mlp")
@@ -81,7 +83,7 @@ def run_cell(
     if resume and not (out / "run.json").is_file():
         raise StateError(f"there is no run to resume in '{out}': leave --resume out to begin one.")
     with _alone(out):
-        finished = _look(out, request, resume, base)
+        finished = _look(out, request, resume, base, plain)
         if finished is not None:
             return finished
         sweep(out)
@@ -101,8 +103,21 @@ def run_cell(
     return run.result
 
 
-def _look(out: Path, request: dict[str, Any], resume: bool, base: Any) -> dict[str, Any] | None:
-    """The result of a finished run; None when there is something to do."""
+def _with_overrides(name: str, overrides: Mapping[str, Any]) -> str:
+    """``rehearsal[training.epochs=3]``: what reports call a strategy of which settings were changed."""
+    pairs = [
+        f"{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
+        for key, value in overrides.items()
+    ]
+    return f"{name}[{','.join(pairs)}]" if pairs else name
+
+
+def _look(out: Path, request: dict[str, Any], resume: bool, base: Any, plain: str) -> dict[str, Any] | None:
+    """The result of a finished run; None when there is something to do.
+
+    Args:
+        plain: the strategy's name without what was set in it, which runs of older versions have.
+    """
     asked = out / "run.json"
     if not asked.is_file():
         if (out / "result.json").exists():
@@ -110,7 +125,7 @@ def _look(out: Path, request: dict[str, Any], resume: bool, base: Any) -> dict[s
         return None
     known = _read(asked, "name another out folder.")
     for key, value in request.items():
-        if known.get(key) != json.loads(json.dumps(value)):
+        if known.get(key) != json.loads(json.dumps(value)) and (key, known.get(key)) != ("strategy", plain):
             found = f"{key}: {shown(known.get(key))} there, {shown(value)} asked for"
             if key.endswith("_fingerprint"):
                 what = key.removesuffix("_fingerprint")

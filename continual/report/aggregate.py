@@ -21,6 +21,7 @@ from continual.errors import StateError, quoted
 from continual.monitor.metrics import defined, intransigence
 from continual.monitor.statistics import seed_interval
 from continual.report.load import Result
+from continual.report.variants import variants
 
 METRICS = (
     "accuracy",
@@ -182,11 +183,9 @@ def _stream(name: str, runs: list[Result]) -> StreamSummary:
     columns = sorted({len(run.experiences) for run in runs})
     if len(columns) > 1:
         raise StateError(f"the runs of '{name}' have different numbers of experiences ({columns}): report them apart.")
+    runs, mixed = _told_apart(runs)
     runs = _with_intransigence(runs)
-    by_strategy: dict[str, list[Result]] = {}
-    for run in runs:
-        by_strategy.setdefault(run.strategy, []).append(run)
-    strategies = [_strategy(group) for group in by_strategy.values()]
+    strategies = [_strategy(group) for group in _by_strategy(runs).values()]
     strategies.sort(key=lambda one: (-_accuracy(one), one.strategy))
     names = {tuple(run.experiences) for run in runs}
     numbered = tuple(str(place + 1) for place in range(columns[0]))
@@ -199,8 +198,26 @@ def _stream(name: str, runs: list[Result]) -> StreamSummary:
         score=first.score,
         experiences=names.pop() if len(names) == 1 else numbered,
         strategies=tuple(strategies),
-        warnings=tuple(_warnings(runs, strategies)),
+        warnings=(*mixed, *_warnings(runs, strategies)),
     )
+
+
+def _by_strategy(runs: Iterable[Result]) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for run in runs:
+        found.setdefault(run.strategy, []).append(run)
+    return found
+
+
+def _told_apart(runs: list[Result]) -> tuple[list[Result], list[str]]:
+    """The runs, where they share a strategy's name and were not made alike under names of their own; sentences on that."""
+    found, sentences = [], []
+    for name, group in _by_strategy(runs).items():
+        kinds, keys = variants(group)
+        found += [run.model_copy(update={"strategy": label}) for label, alike in kinds.items() for run in alike]
+        if keys:
+            sentences.append(f"Runs of '{name}' differ in {quoted(keys)}: each kind stands in a row of its own.")
+    return found, sentences
 
 
 def _strategy(runs: list[Result]) -> StrategySummary:

@@ -65,6 +65,7 @@ class Provenance(_Read):
     strategy_fingerprint: str | None
     base_model_sha256: str | None
     command: str | list[str] | None = None
+    model: dict[str, Any] | None = None
     settings: dict[str, Any] | None = None
 
 

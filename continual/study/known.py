@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from continual.errors import ContinualError, StateError
+from continual.learner.trust import wishes
 from continual.models.build import base_on_disk
 from continual.report.load import CELL, RESULT, load_result
 from continual.strategy import Strategy
@@ -114,8 +115,9 @@ def _completed(before: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         spec, _ = read_stream_spec({key: value for key, value in stream.items() if key != "use"})
         found["stream"] = {**spec.model_dump(mode="json", exclude={"summary"}), "use": stream["use"]}
         origin = load_result(folder).provenance
-        if origin.settings is not None and origin.strategy_fingerprint == found["strategy"]:
-            found["strategy"] = Strategy.load(origin.settings).fingerprint()
+        known = origin.settings is not None and not wishes(origin.settings)
+        if known and origin.strategy_fingerprint == found["strategy"]:
+            found["strategy"] = Strategy.load(origin.settings or {}).fingerprint()
     except (ContinualError, KeyError, TypeError, ValueError):
         pass
     return found

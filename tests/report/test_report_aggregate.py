@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report_runs import content, settings
 
 from continual.errors import StateError
 from continual.report import load_results
@@ -84,6 +85,81 @@ def test_experiences_named_differently_by_seed_are_numbered(make: Any, tmp_path:
 def test_runs_on_other_data_are_told(make: Any, tmp_path: Path) -> None:
     make("a", 0), make("b", 0, provenance=_provenance("f" * 64))
     assert "different data" in aggregate(load_results([tmp_path]))[0].warnings[0]
+
+
+def _made(fingerprint: str, **changes: Any) -> dict[str, Any]:
+    """Provenance of a run of seed 1 whose settings, model or base are not those of the others."""
+    whole = content(seed=1)["provenance"]
+    training = whole["settings"]["training"] | changes.pop("training", {})
+    made = whole["settings"] | {"training": training} | changes.pop("settings", {})
+    return {**whole, "strategy_fingerprint": fingerprint * 64, "settings": made, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "names", "differing"),
+    [
+        (_made("6", training={"epochs": 1}), ["training.epochs=8", "training.epochs=1"], "'training.epochs'"),
+        (_made("6", settings={"replay": {"kind": "rehearsal", "select": "class-balanced"}}),
+         ["replay.select=reservoir", "replay.select=class-balanced"], "'replay.select'"),
+        (_made("6", settings={"replay": None, "penalty": {"kind": "ewc"}}),
+         ["replay=rehearsal, penalty=null", "replay=null, penalty=ewc"], "'replay', 'penalty'"),
+        (_made("5", model={"kind": "mlp", "hidden": [32]}), ["model.hidden=[16]", "model.hidden=[32]"], "'model.hidden'"),
+        (_made("5", base_model_sha256="ab" * 32),
+         ["base_model_sha256=null", "base_model_sha256=abababababab"], "'base_model_sha256'"),
+        ({**_made("6"), "settings": None},
+         ["strategy_fingerprint=555555555555", "strategy_fingerprint=666666666666"], "'strategy_fingerprint'"),
+    ],
+)  # fmt: skip
+def test_runs_that_were_not_made_alike_stand_in_rows_of_their_own(
+    make: Any, tmp_path: Path, changes: dict[str, Any], names: list[str], differing: str
+) -> None:
+    make("er", 0), make("er", 1, [[0.9, None], [0.1, 0.2]], provenance=changes), make("joint", 0), make("joint", 1)
+    (stream,) = aggregate(load_results([tmp_path]))
+    rows = {one.strategy: one for one in stream.strategies}
+    assert set(rows) == {f"er ({name})" for name in names} | {"joint"}
+    assert rows[f"er ({names[0]})"].seeds == (0,) and rows[f"er ({names[1]})"].seeds == (1,)
+    assert stream.warnings[0] == f"Runs of 'er' differ in {differing}: each kind stands in a row of its own."
+
+
+def test_many_differences_are_counted_and_names_stay_apart(make: Any, tmp_path: Path) -> None:
+    for seed in range(3):
+        training = {"lr": 0.1, "epochs": 8, "batch_size": 8, "momentum": 0.5, "weight_decay": seed / 10}
+        if seed:
+            training |= {"lr": 0.2, "epochs": 1, "batch_size": 16}
+        made = {**_made(str(seed), training=training), "seed": seed}
+        make("er", seed, provenance=made)
+    names = {one.strategy for one in aggregate(load_results([tmp_path]))[0].strategies}
+    assert "er (training.lr=0.1, training.epochs=8, training.batch_size=8, 1 more)" in names
+    assert "er (training.lr=0.2, training.epochs=1, training.batch_size=16, training.weight_decay=0.1)" in names
+    assert "er (training.lr=0.2, training.epochs=1, training.batch_size=16, training.weight_decay=0.2)" in names
+
+
+def test_runs_that_differ_in_name_only_are_alike(make: Any, tmp_path: Path) -> None:
+    base, older = {"kind": "pretrained", "name": "a/base"}, _made("6", model=None)
+    older["settings"]["training"] = {**older["settings"]["training"], "warmup": 0.0}
+    older |= {"base_model_sha256": "ab" * 32, "model": {**base, "name": "/elsewhere/base"}}
+    make("er", 0, provenance=_made("5", base_model_sha256="ab" * 32, model=base) | {"seed": 0})
+    make("er", 1, provenance=older)
+    (stream,) = aggregate(load_results([tmp_path]))
+    assert [one.strategy for one in stream.strategies] == ["er"] and not stream.warnings
+
+
+def test_settings_that_name_code_are_compared_and_not_loaded(make: Any, tmp_path: Path) -> None:
+    for seed, kind in enumerate(("no_such_package:Part", "no_such_package:Other")):
+        make("er", seed, provenance={**_made(str(seed), settings={"replay": {"kind": kind}}), "seed": seed})
+    names = {one.strategy for one in aggregate(load_results([tmp_path]))[0].strategies}
+    assert names == {"er (replay.kind=no_such_package:Part)", "er (replay.kind=no_such_package:Other)"}
+
+
+def test_a_joint_run_counts_for_the_others_only_among_its_kind(make: Any, tmp_path: Path) -> None:
+    make("er", 0, [[0.9, None], [0.1, 0.7]]), make("er", 1, [[0.9, None], [0.1, 0.7]])
+    make("joint", 0, [[0.95, 0.85]])
+    weak = {**_made("6", training={"epochs": 1}), "seed": 1}
+    weak["settings"] = {**settings("joint"), "training": weak["settings"]["training"]}
+    make("joint", 1, [[0.5, 0.5]], provenance=weak)
+    (stream,) = aggregate(load_results([tmp_path]))
+    found = next(one for one in stream.strategies if one.strategy == "er").metrics["intransigence"]
+    assert found is not None and found.count == 1 and found.mean == pytest.approx((0.05 + 0.15) / 2)
 
 
 @pytest.mark.parametrize(
