@@ -99,6 +99,7 @@ def run_cell(
             raise
         finally:
             learner.close()
+        run.result["provenance"]["stream_per_seed"] = spec.split.random
         _write(out, learner, run.result)
     return run.result
 

@@ -58,6 +58,7 @@ def test_a_run_leaves_its_result_its_checkpoint_and_a_page(finished: Path) -> No
     assert names <= set(result["metrics"])
     assert set(result["intervals"]) >= names - {"fwt"}
     assert {"train_seconds", "rows_per_second", "peak_memory_bytes", "state_bytes"} <= set(result["cost"])
+    assert result["provenance"]["stream_per_seed"] is True
     assert result["provenance"]["stream_fingerprint"] and result["provenance"]["versions"]["torch"]
     assert (finished / "checkpoint" / "seal.json").is_file() and (finished / "report.html").is_file()
     assert "<svg" in (finished / "report.html").read_text(encoding="utf-8")

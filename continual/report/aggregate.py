@@ -309,6 +309,13 @@ def _accuracy(summary: StrategySummary) -> float:
     return found.mean if found else -math.inf
 
 
+def _fixed(runs: list[Result], prints: dict[int, set[str]]) -> bool:
+    """Whether every seed has the same split: the runs say so, or two seeds had the same rows and none says otherwise."""
+    said = {run.provenance.stream_per_seed for run in runs}
+    known = [found for seed in prints for found in prints[seed]]
+    return True not in said and (False in said or len(known) > len(set(known)))
+
+
 def _warnings(runs: list[Result], strategies: list[StrategySummary]) -> list[str]:
     sentences = []
     prints: dict[int, set[str]] = {}
@@ -319,6 +326,11 @@ def _warnings(runs: list[Result], strategies: list[StrategySummary]) -> list[str
         sentences.append(
             f"Runs of the same seed ({', '.join(map(str, mixed))}) were made on different data (their stream "
             "fingerprints differ): their figures cannot be compared."
+        )
+    elif _fixed(runs, prints) and len({one for found in prints.values() for one in found}) > 1:
+        sentences.append(
+            "Runs were made on different data (their stream fingerprints differ, and the split does not depend on the "
+            "seed): their figures cannot be compared."
         )
     if len({strategy.seeds for strategy in strategies}) > 1:
         counts = ", ".join(f"{one.strategy}: {' '.join(map(str, one.seeds))}" for one in strategies)

@@ -54,7 +54,7 @@ class Cost(_Read):
 
 
 class Provenance(_Read):
-    """Where a run comes from."""
+    """Where a run comes from; ``stream_per_seed`` says whether the seed changes the stream, None where that is not known."""
 
     commit: str | None
     versions: dict[str, str]
@@ -67,6 +67,7 @@ class Provenance(_Read):
     command: str | list[str] | None = None
     model: dict[str, Any] | None = None
     settings: dict[str, Any] | None = None
+    stream_per_seed: bool | None = None
 
 
 class Probe(_Read):

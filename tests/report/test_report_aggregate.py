@@ -87,6 +87,30 @@ def test_runs_on_other_data_are_told(make: Any, tmp_path: Path) -> None:
     assert "different data" in aggregate(load_results([tmp_path]))[0].warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("per_seed", "prints", "told"),
+    [
+        ((False, False), "aab", True),  # the split is the same for every seed, so the rows changed
+        ((None, False), "aab", True),
+        ((None, None), "aab", True),  # two seeds with the same rows: the split does not depend on the seed
+        ((None, None), "abc", False),
+        ((True, True), "abc", False),
+        ((True, True), "aab", False),  # two seeds may draw the same split
+        ((False, False), "aaa", False),
+    ],
+)
+def test_rows_that_changed_between_seeds_are_told(
+    make: Any, tmp_path: Path, per_seed: tuple[bool | None, ...], prints: str, told: bool
+) -> None:
+    for seed, letter in enumerate(prints):
+        origin = {**content("a", seed)["provenance"], "stream_fingerprint": letter * 64}
+        if (known := per_seed[min(seed, 1)]) is not None:
+            origin["stream_per_seed"] = known
+        make("a", seed, provenance=origin)
+    warnings = aggregate(load_results([tmp_path]))[0].warnings
+    assert len(warnings) == told and all("the split does not depend on the seed" in sentence for sentence in warnings)
+
+
 def _made(fingerprint: str, **changes: Any) -> dict[str, Any]:
     """Provenance of a run of seed 1 whose settings, model or base are not those of the others."""
     whole = content(seed=1)["provenance"]
