@@ -2,7 +2,8 @@
 
 With several seeds the interval is Student's t over seeds (95 %, two-sided, each seed one observation). With one seed it
 is the paired bootstrap over test rows that the run itself recorded, and says so (``over == "rows"``): it does not hold
-what another seed would change.
+what another seed would change. Student's t knows no limits: where it leaves the range that a figure can have, the
+interval is cut there.
 
 Letters: G seeds, U updates (rows of the matrix), S experiences (columns).
 """
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from continual.errors import StateError, quoted
 from continual.monitor.metrics import defined, intransigence
 from continual.monitor.statistics import seed_interval
-from continual.report.load import Result
+from continual.report.load import SHARES, Result
 from continual.report.variants import variants
 
 METRICS = (
@@ -33,6 +34,7 @@ METRICS = (
     "negative_flips",
     "intransigence",
 )
+_SCORES = ("accuracy", "learning_accuracy")
 COSTS = (
     "train_seconds",
     "monitor_seconds",
@@ -41,6 +43,10 @@ COSTS = (
     "peak_memory_bytes",
     "trainable_parameters",
 )
+ANYTHING = (-math.inf, math.inf)
+SHARE, CHANGE = (0.0, 1.0), (-1.0, 1.0)
+LIMITS = {"retention": (0.0, math.inf), "negative_flips": SHARE}
+"""What a metric can be, whatever the score is; beside these a share is within ``SHARE`` and its changes in ``CHANGE``."""
 Matrix = tuple[tuple[float | None, ...], ...]
 
 
@@ -137,7 +143,7 @@ class StreamSummary:
     @property
     def percent(self) -> bool:
         """Whether the score is a share, shown in per cent."""
-        return self.score in ("accuracy", "exact match")
+        return self.score in SHARES
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -156,8 +162,24 @@ def aggregate(results: Iterable[Result]) -> list[StreamSummary]:
     return [_stream(name, runs) for name, runs in streams.items()]
 
 
-def estimate(values: Sequence[float], rows: Sequence[float | None] | None = None) -> Estimate | None:
-    """Mean and 95 % interval of one value for each seed; ``rows`` is the bootstrap interval that one seed shows."""
+def limits(metric: str, share: bool) -> tuple[float, float]:
+    """The least and the most that a metric can be, where the score is a share and where it is not."""
+    if metric in LIMITS or not share:
+        return LIMITS.get(metric, ANYTHING)
+    return SHARE if metric in _SCORES else CHANGE
+
+
+def estimate(
+    values: Sequence[float],
+    rows: Sequence[float | None] | None = None,
+    within: tuple[float, float] = ANYTHING,
+) -> Estimate | None:
+    """Mean and 95 % interval of one value for each seed.
+
+    Args:
+        rows: the bootstrap interval that one seed shows.
+        within: the least and the most that the figure can be; the interval over seeds is cut there.
+    """
     if not values:
         return None
     if len(values) == 1:
@@ -165,6 +187,8 @@ def estimate(values: Sequence[float], rows: Sequence[float | None] | None = None
         known = low is not None and high is not None
         return Estimate(values[0], None, low, high, "rows" if known else None, 1)
     _, low, high = seed_interval(values)
+    assert low is not None and high is not None, "two values have an interval"
+    low, high = max(low, within[0]), min(high, within[1])
     return Estimate(float(np.mean(values)), float(np.std(values, ddof=1)), low, high, "seeds", len(values))
 
 
@@ -172,7 +196,8 @@ def difference(one: StrategySummary, other: StrategySummary, metric: str = "accu
     """``one`` minus ``other``, paired by seed; None where they share no seed."""
     others = {run.seed: getattr(run.metrics, metric) for run in other.runs}
     pairs = [(getattr(run.metrics, metric), others.get(run.seed)) for run in one.runs]
-    return estimate([left - right for left, right in pairs if left is not None and right is not None])
+    found = [left - right for left, right in pairs if left is not None and right is not None]
+    return estimate(found, within=CHANGE if one.runs[0].share and metric in _SCORES else ANYTHING)
 
 
 def _stream(name: str, runs: list[Result]) -> StreamSummary:
@@ -230,7 +255,8 @@ def _strategy(runs: list[Result]) -> StrategySummary:
     metrics: dict[str, Estimate | None] = {}
     for name in METRICS:
         values = [value for run in runs if (value := getattr(run.metrics, name)) is not None]
-        metrics[name] = estimate(values, runs[0].intervals.get(name) if len(runs) == 1 else None)
+        rows = runs[0].intervals.get(name) if len(runs) == 1 else None
+        metrics[name] = estimate(values, rows, limits(name, runs[0].share))
     shape = (len(runs), len(runs[0].matrix), len(runs[0].experiences))
     matrices_GUS = np.array([run.matrix for run in runs], dtype=np.float64).reshape(shape)
     return StrategySummary(
@@ -241,7 +267,7 @@ def _strategy(runs: list[Result]) -> StrategySummary:
         runs=tuple(runs),
         metrics=metrics,
         matrix=tuple(tuple(_mean(column) for column in row) for row in matrices_GUS.transpose(1, 2, 0).tolist()),
-        curve=() if runs[0].joint else _curve(matrices_GUS),
+        curve=() if runs[0].joint else _curve(matrices_GUS, limits("accuracy", runs[0].share)),
         cost={name: _mean([getattr(run.cost, name) for run in runs]) for name in COSTS},
         state_bytes=_part_bytes(runs),
         notes=tuple(dict.fromkeys(note for run in runs for note in run.notes)),
@@ -249,12 +275,12 @@ def _strategy(runs: list[Result]) -> StrategySummary:
     )
 
 
-def _curve(matrices_GUS: NDArray[np.float64]) -> tuple[Estimate | None, ...]:
+def _curve(matrices_GUS: NDArray[np.float64], within: tuple[float, float]) -> tuple[Estimate | None, ...]:
     """Mean over the experiences met after each update; with one seed no interval, since only the last row has one."""
     points = []
     for update in range(matrices_GUS.shape[1]):
         means_G = matrices_GUS[:, update, : update + 1].mean(1)
-        points.append(None if np.isnan(means_G).any() else estimate(means_G.tolist()))
+        points.append(None if np.isnan(means_G).any() else estimate(means_G.tolist(), within=within))
     return tuple(points)
 
 

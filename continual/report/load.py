@@ -17,6 +17,8 @@ from continual.errors import StateError
 RESULT = "result.json"
 ERROR = "error.txt"
 CELL = "cell.json"
+SHARES = ("accuracy", "exact match")
+"""Scores that are shares of rows."""
 
 Cell = float | None
 Interval = Annotated[list[Cell], Len(2, 2)]
@@ -117,6 +119,11 @@ class Result(_Read):
     def joint(self) -> bool:
         """Trained once on everything: one row for several experiences."""
         return len(self.matrix) == 1 and len(self.experiences) > 1
+
+    @property
+    def share(self) -> bool:
+        """Whether its score is a share of rows, from 0 to 1."""
+        return self.score in SHARES
 
     @property
     def key(self) -> tuple[str, str, int]:

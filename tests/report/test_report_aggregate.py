@@ -42,6 +42,30 @@ def test_no_interval_is_invented() -> None:
     assert found is not None and found.over is None and found.low is None
 
 
+def test_intervals_of_shares_stay_within_what_a_share_can_be(make: Any, tmp_path: Path) -> None:
+    for seed, level in enumerate((1.0, 0.9)):
+        make("a", seed, [[level, None], [level, level]])
+        make("b", seed, [[1.0, None], [0.8 * seed, 1.0]])
+        flips = {**content("a", seed, [[level, None], [level, level]])["metrics"], "negative_flips": 0.1 * seed}
+        plain = {"stream": "prices", "objective": "regression", "score": "negative squared error", "metrics": flips}
+        make("a", seed, [[level, None], [level, level]], **plain)
+    digits, prices = aggregate(load_results([tmp_path]))
+    a, b = digits.strategies
+    whole = estimate([1.0, 0.9])
+    assert whole is not None and whole.high is not None and whole.high > 1.5 and whole.low is not None and whole.low > 0
+    for found in (a.metrics["accuracy"], a.metrics["learning_accuracy"], *a.curve):
+        assert found is not None and (found.low, found.high) == (pytest.approx(whole.low), 1.0)
+    bwt, forgetting, retention = (b.metrics[name] for name in ("bwt", "forgetting", "retention"))
+    assert bwt is not None and (bwt.low, bwt.high) == (-1.0, 1.0)
+    assert forgetting is not None and (forgetting.low, forgetting.high) == (-1.0, 1.0)
+    assert retention is not None and retention.low == 0.0 and retention.high is not None and retention.high > 1
+    lead = difference(a, b)
+    assert lead is not None and (lead.low, lead.high) == (-1.0, 1.0)
+    error, turned = (prices.strategies[0].metrics[name] for name in ("accuracy", "negative_flips"))
+    assert error is not None and error.high is not None and error.high > 1
+    assert turned is not None and turned.low == 0.0 and turned.mean == pytest.approx(0.05)
+
+
 def test_strategies_stand_by_accuracy_and_matrices_are_means(make: Any, tmp_path: Path) -> None:
     make("low", 0, [[0.9, None], [0.1, 0.9]])
     make("high", 0, [[0.9, None], [0.7, 0.8]])
