@@ -11,9 +11,9 @@ Letters: G seeds, U updates (rows of the matrix), S experiences (columns).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,13 +104,14 @@ class StrategySummary:
 
     @property
     def bound(self) -> bool:
-        """An upper bound that sees all rows again (joint, cumulative), not a competitor."""
-        return self.joint or bool({"joint", "cumulative"} & set(self.strategy.lower().split("-")))
+        """An upper bound that sees all rows again (``data: joint`` or ``cumulative``), not a competitor."""
+        return self.joint or (self.runs[0].provenance.settings or {}).get("data") in ("joint", "cumulative")
 
     @property
     def naive(self) -> bool:
-        """Plain training with nothing against forgetting."""
-        return "naive" in self.strategy.lower().split("-")
+        """Plain training with nothing against forgetting, as far as the settings of its runs say so."""
+        settings = self.runs[0].provenance.settings
+        return settings is not None and not self.bound and plain_training(settings, self.runs[0].scenario)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -148,6 +149,25 @@ class StreamSummary:
     @property
     def seeds(self) -> tuple[int, ...]:
         return tuple(sorted({seed for strategy in self.strategies for seed in strategy.seeds}))
+
+
+def plain_training(settings: Mapping[str, Any], scenario: str) -> bool:
+    """Whether a strategy trains on what arrives and does nothing else: no part but an adapter and a linear head.
+
+    An adapter that is held after the first experience, a frozen backbone, a head without gradients and a competition that
+    leaves earlier classes alone all work against forgetting.
+    """
+    parts = {key for key, value in settings.items() if isinstance(value, dict | list) and key != "training"}
+    adapter, head = settings.get("adapter") or {}, settings.get("head") or {}
+    active = (settings.get("training") or {}).get("active")
+    return (
+        parts <= {"adapter", "head"}
+        and adapter.get("kind") in (None, "lora", "adalora")
+        and adapter.get("across_tasks") != "first"
+        and head.get("kind") in (None, "linear")
+        and settings.get("backbone") != "frozen"
+        and (scenario == "task" or active in (None, "seen", "all"))
+    )
 
 
 def aggregate(results: Iterable[Result]) -> list[StreamSummary]:

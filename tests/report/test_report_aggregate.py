@@ -251,6 +251,65 @@ def test_the_headline_names_best_bound_and_floor(make: Any, tmp_path: Path) -> N
     ]
 
 
+def _of(name: str, seed: int = 0, **changes: Any) -> dict[str, Any]:
+    return {**content(name, seed)["provenance"], "settings": {"data": "experience", "backbone": "train"} | changes}
+
+
+LORA = {"kind": "lora", "rank": 8, "across_tasks": "continue"}
+
+
+@pytest.mark.parametrize(
+    ("made", "bound", "naive"),
+    [
+        ({"data": "cumulative"}, True, False),
+        ({"data": "joint"}, True, False),
+        ({}, False, True),
+        ({"head": {"kind": "linear"}, "adapter": LORA}, False, True),
+        ({"adapter": {**LORA, "across_tasks": "first"}}, False, False),
+        ({"head": {"kind": "nearest-mean"}}, False, False),
+        ({"backbone": "frozen"}, False, False),
+        ({"replay": {"kind": "rehearsal"}}, False, False),
+        ({"penalty": [{"kind": "ewc"}, {"kind": "si"}]}, False, False),
+        ({"distillation": {"kind": "mine:Part"}}, False, False),
+        ({"adapter": {"kind": "mine:Part"}}, False, False),
+        ({"training": {"active": "asymmetric"}}, False, False),
+        ({"training": {"active": "seen"}}, False, True),
+    ],
+)
+@pytest.mark.parametrize("name", ["retrain-all", "naive-joint"])
+def test_settings_decide_what_is_a_bound_and_what_is_plain(
+    make: Any, tmp_path: Path, name: str, made: dict[str, Any], bound: bool, naive: bool
+) -> None:
+    make(name, 0, provenance=_of(name, **made))
+    (one,) = aggregate(load_results([tmp_path]))[0].strategies
+    assert (one.bound, one.naive) == (bound, naive)
+
+
+def test_in_the_task_scenario_the_classes_of_the_task_compete_plainly(make: Any, tmp_path: Path) -> None:
+    made = {"training": {"active": "experience"}}
+    (
+        make("a", 0, provenance=_of("a", **made)),
+        make("a", 0, stream="tasks", scenario="task", provenance=_of("a", **made)),
+    )
+    assert [one.strategies[0].naive for one in aggregate(load_results([tmp_path]))] == [False, True]
+
+
+def test_a_result_without_settings_claims_nothing_but_its_form(make: Any, tmp_path: Path) -> None:
+    make("naive", 0, provenance=_provenance("f" * 64)), make("cumulative", 0, provenance=_provenance("f" * 64))
+    make("all", 0, [[0.95, 0.85]], provenance=_provenance("f" * 64))
+    found = {one.strategy: (one.bound, one.naive) for one in aggregate(load_results([tmp_path]))[0].strategies}
+    assert found == {"naive": (False, False), "cumulative": (False, False), "all": (True, False)}
+
+
+def test_words_in_a_name_crown_nobody(make: Any, tmp_path: Path) -> None:
+    make("retrain-all", 0, [[0.9, None], [0.9, 0.9]], provenance=_of("retrain-all", data="cumulative"))
+    make("naive-replay", 0, [[0.9, None], [0.8, 0.8]], provenance=_of("naive-replay", replay={"kind": "rehearsal"}))
+    make("plain", 0, [[0.9, None], [0.1, 0.9]], provenance=_of("plain"))
+    (stream,) = aggregate(load_results([tmp_path]))
+    assert headline(stream).startswith("Best is naive-replay: 80.0 %")
+    assert findings(stream)[0].startswith("With nothing against forgetting, plain ends at 50.0 %")
+
+
 def test_a_lead_that_is_not_certain_says_so(make: Any, tmp_path: Path) -> None:
     for seed, lift in ((0, 0.2), (1, -0.1), (2, 0.0)):
         make("a", seed, [[0.9, None], [0.7 + lift, 0.7 + lift]])
