@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -34,12 +35,10 @@ def check_file(name: str, *, data: Path | None = None, seed: int = 0) -> Finding
         path = find_spec("streams" if name in library_names("streams") else "strategies", name)
     else:
         path = find_spec("streams", name)
-    keys = set(read_yaml(path))
-    if keys & {"streams", "strategies", "groups"}:
+    content = read_yaml(path)
+    if content.keys() & {"streams", "strategies", "groups"}:
         return _study(path)
-    if keys & {"split", "scenario"} or ("source" in keys and not keys & {"training", "summary", "replay"}):
-        return _stream(path, data, seed)
-    return _strategy(path)
+    return _stream(path, data, seed) if _is_stream(content) else _strategy(path)
 
 
 def schema_of(kind: str) -> str:
@@ -58,6 +57,13 @@ def schema_of(kind: str) -> str:
     return json.dumps(models[kind].model_json_schema(), indent=1)
 
 
+def _is_stream(content: dict[str, Any]) -> bool:
+    """Whether a file is a stream: the ``source`` of a strategy is words, and it uses no other file."""
+    if content.keys() & {"split", "scenario"} or isinstance(content.get("source"), dict):
+        return True
+    return "use" in content and content["use"] not in library_names("strategies")
+
+
 def _stream(path: Path, data: Path | None, seed: int) -> Findings:
     from continual.streams.check import check_stream
     from continual.streams.stream import Stream
@@ -67,6 +73,7 @@ def _stream(path: Path, data: Path | None, seed: int) -> Findings:
     findings.right.append(
         f"stream '{stream.name}': {len(stream)} experiences, scenario {stream.scenario}, {stream.objective}"
     )
+    findings.right.extend(f"  {note}" for note in stream.notes)
     for experience in stream:
         sizes = [
             f"{what} {len(table)}"

@@ -22,7 +22,11 @@ app = typer.Typer(
 
 Data = Annotated[
     Path | None,
-    typer.Option("--data", help="Folder with the data of the stream.", envvar="CONTINUAL_DATA", show_envvar=True),
+    typer.Option(
+        "--data",
+        help="The data of the stream, or the folder that holds them; nothing else is looked at. Without it: beside the "
+        "YAML file, the working folder, the folder in CONTINUAL_DATA.",
+    ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 …")]
 
@@ -50,6 +54,8 @@ def run_command(
     track: Annotated[str | None, typer.Option("--track", help="Tracker of accelerate, such as tensorboard.")] = None,
 ) -> None:
     """Run one strategy over one stream; print what is still known after every update."""
+    from continual.learner.core import resolve_device
+    from continual.learner.processes import Processes
     from continual.report import write_run_figures
     from continual.run import run_cell
 
@@ -71,7 +77,11 @@ def run_command(
         track=track,
         on_update=lambda update: print(update, end="\n\n", flush=True),
     )
-    page = write_run_figures(out)
+    processes = Processes(resolve_device(device))
+    page = processes.from_main(lambda: str(write_run_figures(out)))
+    processes.leave()
+    if not processes.is_main:
+        return
     shown = {name: value for name, value in result["metrics"].items() if value is not None}
     print(f"{result['stream']} · {result['strategy']} · seed {result['seed']}")
     print("  ".join(f"{name} {value:.3f}" for name, value in shown.items()))
@@ -193,7 +203,8 @@ def main() -> NoReturn:
     try:
         app(prog_name="continual")
     except ContinualError as error:
-        print(f"continual: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"continual{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("continual: stopped; the same command goes on (a run needs --resume).", file=sys.stderr)

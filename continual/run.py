@@ -2,13 +2,14 @@
 
 The folder holds ``run.json`` (what was asked for), ``checkpoint/`` (the learner's state), and when it is done
 ``result.json``, ``scores.safetensors`` (the score of every test row after every update) and ``adapter/`` where the
-strategy trains one.
+strategy trains one. Of several processes the main one alone reads and writes it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from continual.errors import ContinualError, StateError, shown
 from continual.learner import Learner, Update
 from continual.learner.checkpoint import check_same
 from continual.learner.core import resolve_device
+from continual.learner.processes import Processes
 from continual.models.build import base_on_disk, gives_features
 from continual.models.spec import parse_model_spec
 from continual.state import check_seal, recover_folder, sweep, write_text
@@ -57,7 +59,7 @@ def run_cell(
         resume: go on from the checkpoint in ``out``; a finished run is returned as it is.
         overrides: dotted key of the strategy → value; they become part of its name.
         strategy_name: what reports call it instead.
-        on_update: called with each :class:`~continual.learner.update.Update`.
+        on_update: called with each :class:`~continual.learner.update.Update`, in the main process.
 
     Raises:
         CompositionError: parts that cannot work on this objective or model; no data has been read.
@@ -67,7 +69,7 @@ def run_cell(
     chosen = Strategy.load(strategy, overrides=overrides)
     plain = chosen.name
     chosen.name = strategy_name or _with_overrides(plain, overrides or {})
-    resolve_device(device)
+    processes = Processes(resolve_device(device))
     spec, _ = read_stream_spec(stream)
     base = model if model is not None else (spec.model or "mlp")
     chosen.check(objective=spec.objective, gives_features=gives_features(base, spec.objective))
@@ -80,21 +82,29 @@ def run_cell(
         "seed": seed,
         "model": base if isinstance(base, str | Mapping) else type(base).__qualname__,
     }
-    if resume and not (out / "run.json").is_file():
-        raise StateError(f"there is no run to resume in '{out}': leave --resume out to begin one.")
-    with _alone(out):
-        finished = _look(out, request, resume, base, plain)
+    with ExitStack() as held:
+
+        def begin() -> dict[str, Any] | None:
+            if resume and not (out / "run.json").is_file():
+                raise StateError(f"there is no run to resume in '{out}': leave --resume out to begin one.")
+            held.enter_context(_alone(out))
+            found = _look(out, request, resume, base, plain)
+            if found is None:
+                sweep(out)
+                recover_folder(out / "checkpoint")
+            return found
+
+        finished = processes.from_main(begin)
         if finished is not None:
             return finished
-        sweep(out)
         learner = _learner(
             out, base, chosen, seed, resume, device=device, save_every=save_every, track=track, progress=progress
         )
-        write_text(out / "run.json", json.dumps(request, indent=1))
+        processes.from_main(lambda: write_text(out / "run.json", json.dumps(request, indent=1)))
         try:
-            run = learner.run(loaded, on_update=on_update)
+            run = learner.run(loaded, on_update=on_update if processes.is_main else None)
         except ContinualError:
-            if not (out / "checkpoint").exists():
+            if processes.is_main and not (out / "checkpoint").exists():
                 (out / "run.json").unlink()
             raise
         finally:
@@ -166,7 +176,6 @@ def _read(path: Path, advice: str) -> dict[str, Any]:
 
 def _learner(out: Path, base: Any, strategy: Strategy, seed: int, resume: bool, **options: Any) -> Learner:
     checkpoint = out / "checkpoint"
-    recover_folder(checkpoint)
     if resume and checkpoint.exists():
         try:
             learner = Learner.load(checkpoint, model=base, strategy=strategy, folder=checkpoint, **options)
@@ -202,15 +211,13 @@ def _check_model(out: Path, saved: Mapping[str, Any], base: Any) -> None:
 
 
 def _write(out: Path, learner: Learner, result: dict[str, Any]) -> None:
-    if not learner.accelerator.is_main_process:
-        return
-    if learner.monitor is not None:
-        scores = learner.monitor.tensors()
-        if scores:
-            _write_scores(out, scores)
+    scores = learner.monitor.tensors() if learner.monitor is not None else {}
+    if scores:
+        learner.processes.from_main(lambda: _write_scores(out, scores))
     if any(part.slot == "adapter" for part in learner.parts):
         learner.export(out / "adapter")
-    write_text(out / "result.json", json.dumps(result, indent=1, allow_nan=False))
+    text = json.dumps(result, indent=1, allow_nan=False)
+    learner.processes.from_main(lambda: write_text(out / "result.json", text))
 
 
 def _write_scores(out: Path, scores: dict[str, Tensor]) -> None:

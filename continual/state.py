@@ -133,7 +133,8 @@ def recover_folder(folder: Path) -> None:
                 check_seal(aside)
             except StateError:
                 continue
-            os.rename(aside, folder)
+            with suppress(FileNotFoundError):  # another process has just done the same
+                os.rename(aside, folder)
             return
 
 

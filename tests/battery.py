@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,12 @@ def small(name: str) -> Strategy:
 
 
 def tiny_stream(scenario: str = "class", experiences: int = 3, seed: int = 0) -> Stream:
-    """The digits, two classes at a time, cut to ``experiences``."""
-    return Stream.load("split-digits", seed=seed, scenario=scenario)[:experiences]
+    """The digits, two classes at a time, cut to ``experiences`` and to every third training row."""
+    found = []
+    stream = Stream.load("split-digits", seed=seed, scenario=scenario)[:experiences]
+    for experience in stream:
+        found.append(replace(experience, train=experience.train.select(torch.arange(0, len(experience.train), 3))))
+    return Stream.from_experiences(found, name=stream.name, scenario=stream.scenario)
 
 
 def learner_for(strategy: str | Strategy, *, model: Any = MODEL, **options: Any) -> Learner:

@@ -170,3 +170,70 @@ def test_check_prints_experiences_and_schemas(tmp_path: Path) -> None:
     strategy.write_text("summary: x\nreplay: {kind: rehersal}\n", encoding="utf-8")
     wrong = continual("check", str(strategy))
     assert wrong.returncode == 1 and "mine.yaml" in wrong.stderr and "'rehearsal'" in wrong.stderr
+
+
+def stream_file(folder: Path, rows: list[dict[str, object]], source: str = "path: rows.jsonl", more: str = "") -> Path:
+    """``mine.yaml``, a stream in one experience, and ``rows.jsonl`` beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path = folder / "mine.yaml"
+    path.write_text(
+        f"source: {{kind: files, {source}}}\nsplit: {{by: joint}}\nscenario: class\n{more}", encoding="utf-8"
+    )
+    return path
+
+
+def texts(count: int, classes: int, start: int = 0) -> list[dict[str, object]]:
+    return [{"text": f"text {n}", "label": f"c{n % classes}"} for n in range(start, start + count)]
+
+
+def test_the_folder_in_the_environment_comes_after_the_files_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = stream_file(tmp_path / "mine", texts(40, 3), "path: rows.jsonl, shares: {test: 0.3}")
+    stream_file(tmp_path / "data", texts(20, 2))
+    (tmp_path / "data" / "rows.jsonl").rename(tmp_path / "data" / "train.jsonl")
+    monkeypatch.setenv("CONTINUAL_DATA", str(tmp_path / "data"))
+    done = continual("check", str(mine))
+    assert done.returncode == 0 and "3 classes" in done.stdout, done.stderr
+    named = continual("check", str(mine), "--data", str(tmp_path / "data"))
+    assert named.returncode == 1 and "no training file was found for 'rows.jsonl'" in named.stderr
+    (tmp_path / "mine" / "rows.jsonl").rename(tmp_path / "data" / "rows.jsonl")
+    assert "3 classes" in continual("check", str(mine)).stdout
+    assert "3 classes" in continual("check", str(mine), "--data", str(tmp_path / "data" / "rows.jsonl")).stdout
+
+
+def test_rows_that_are_dropped_are_said(tmp_path: Path) -> None:
+    files = "train: rows.jsonl, test: test.jsonl, features: [x], overlap: drop"
+    mine = stream_file(tmp_path, [{"x": n, "label": f"c{n % 2}"} for n in range(40)], files)
+    said = "20 of 40 training rows dropped: same content as test rows"
+    (tmp_path / "test.jsonl").write_text("".join(f'{{"x": {n}, "label": "c{n % 2}"}}\n' for n in range(20, 60)))
+    done = continual("check", str(mine))
+    assert done.returncode == 0 and said in done.stdout
+    for more in ([], ["--resume"]):
+        ran = continual("run", str(mine), "naive", "--model", "mlp", "--out", str(tmp_path / "out"), *SMALL, *more)
+        assert ran.returncode == 0, ran.stderr
+        result = tmp_path / "out" / "result.json"
+        assert json.loads(result.read_text(encoding="utf-8"))["notes"].count(said) == 1
+        result.unlink()
+
+
+KINDS = [
+    ("source: mine\nadapter: {kind: lora}\n", "strategy 'mine'"),
+    ("source: mine\n", "strategy 'mine'"),
+    ("source: mine\nbackbone: frozen\nhead: {kind: ncm}\n", "unknown head kind 'ncm'"),
+    ("use: split-digits\nsummary: s\nsource: {valid_share: .1}\n", "stream 'mine'"),
+    ("use: split-digits\nsummary: s\n", "stream 'mine'"),
+    ("use: split-digit\nsummary: s\n", "Did you mean 'split-digits'"),
+    ("use: naive\ntraining: {lr: 1}\n", "unknown key 'use'"),
+    ("summary: s\nsource: {kind: digits}\n", "the key 'split' is missing"),
+    ("summary: s\nscenario: class\nsource: digits\n", "'source' says no 'kind'"),
+]
+
+
+@pytest.mark.parametrize(("content", "said"), KINDS)
+def test_check_tells_streams_from_strategies(content: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(content, encoding="utf-8")
+    done = continual("check", str(path))
+    assert said in done.stdout + done.stderr

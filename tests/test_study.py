@@ -172,6 +172,8 @@ def test_where_the_data_of_a_stream_lie(place: Path) -> None:
     study = _study(place, streams=["one.yaml", "two.yaml"], strategies=["good.yaml"], data={"one": "rows"})
     one, two = study.cells()
     assert (study.data_folder(one, None), study.data_folder(two, None)) == (place / "rows", None)
+    (over,) = _study(place, streams=[{"use": "two.yaml", "name": "more"}], strategies=["good.yaml"]).cells()
+    assert study.data_folder(over, None) is None
     assert study.data_folder(two, place) == place
     (place / "all" / "one").mkdir(parents=True)
     assert study.data_folder(one, place / "all") == place / "all" / "one"

@@ -16,6 +16,7 @@ from torch import nn
 from continual.errors import ModelError, SpecError, unknown
 from continual.learner.ledger import Ledger
 from continual.learner.optimizer import optimizer_state
+from continual.learner.processes import Processes
 from continual.learner.trainer import Progress
 from continual.models.build import build_model
 from continual.models.model import Model
@@ -55,7 +56,8 @@ class Core:
     ) -> None:
         self.strategy = Strategy.load(strategy)
         self.seed = int(seed)
-        self.device = resolve_device(device)
+        self.processes = Processes(resolve_device(device))
+        self.device = self.processes.device
         self.randomness = Randomness(self.seed, self.device)
         self._own_monitor = monitor is None or monitor is True
         self.monitor: Monitor | None = Monitor() if monitor is None or monitor is True else (monitor or None)
@@ -163,6 +165,8 @@ class Core:
         if self.strategy.backbone == "frozen":
             model.backbone.requires_grad_(False)
         model.to(self.device)
+        if self.processes.count > 1 and model.base_sha256 is None:
+            self.processes.broadcast([*model.parameters(), *model.buffers()])
         training = self.strategy.training
         competition = training.active or ("experience" if self.scenario == "task" else "seen")
         self._model = model
@@ -191,7 +195,8 @@ class Core:
     def close(self) -> None:
         """Finish the tracker, where there is one; what it was told is then on its disk or server."""
         if self._tracking:
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
             self._tracking = False
 
     def _mark_altered(self) -> None:
@@ -201,13 +206,10 @@ class Core:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def _accelerator(self) -> Accelerator:
-        AcceleratorState._reset_state(reset_partial_state=False)
-        precision = "bf16" if self.strategy.training.precision == "bf16" else "no"
         if self.track is not None and self.track not in trackers():
             raise SpecError(f"{unknown('tracker', self.track, trackers())} Those are the ones installed here.")
         accelerator = Accelerator(
-            cpu=self.device.type == "cpu",
-            mixed_precision=precision,
+            mixed_precision=None if AcceleratorState._shared_state else "no",
             log_with=self.track,
             project_dir=None if self.folder is None else str(self.folder.parent / "tracking"),
         )

@@ -115,6 +115,7 @@ class Learner(Saving):
             given = stream.fingerprint(learnt) if learnt <= len(stream) else f"{len(stream)} of {learnt} experiences"
             check_same("stream", self.learnt_fingerprint, given)
         self.stream_name, self.stream_fingerprint = stream.name, stream.fingerprint()
+        self.notes.extend(note for note in stream.notes if note not in self.notes)
         run = Run()
         for experience in self._todo(stream):
             run.updates.append(self._update(experience, stream))
@@ -190,7 +191,7 @@ class Learner(Saving):
             trainer = Trainer(
                 self.context,
                 self.strategy.training,
-                self.accelerator,
+                self.processes,
                 save_every=self.save_every,
                 checkpoint=self._checkpoint if self.folder is not None else None,
                 log=self._log if self._tracking else None,

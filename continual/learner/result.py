@@ -49,6 +49,7 @@ def result_of(learner: Core, stream_summary: str, scenario: str) -> dict[str, An
             "commit": commit(),
             "versions": versions(),
             "hardware": hardware(device),
+            "processes": learner.processes.count,
             "seed": learner.seed,
             "started": learner.started,
             "stream_fingerprint": learner.stream_fingerprint,

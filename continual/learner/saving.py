@@ -32,6 +32,8 @@ class Saving(Core):
         """Write the whole state, so that :meth:`load` goes on bit for bit: test sets and probes are in it, and under
         ``data: cumulative`` the rows of all experiences.
 
+        Where several processes train, all of them call it and the main one writes; so it is with :meth:`export`.
+
         Raises:
             StateError: the folder cannot be written, or an update broke off in the middle; what was there is untouched.
         """
@@ -40,7 +42,7 @@ class Saving(Core):
                 f"the update on '{self._failed}' broke off in the middle, and a save would keep a half-trained state: go "
                 "on from the last save with Learner.load(folder)."
             )
-        save_state(Path(folder), self._state(with_tests=True))
+        self.processes.from_main(lambda: save_state(Path(folder), self._state(with_tests=True)))
         return Path(folder)
 
     def export(self, folder: Path | str, *, max_rank: int | None = None) -> Path:
@@ -52,10 +54,11 @@ class Saving(Core):
         Raises:
             CompositionError: the strategy trains no adapter.
         """
-        for part in self.parts:
-            if isinstance(part, LoRA | AdaLoRA):
-                return export_adapter(self.model, part, Path(folder), max_rank=max_rank)
-        raise CompositionError(f"strategy '{self.strategy.name}' trains no adapter: export() is for those that do.")
+        adapter = next((part for part in self.parts if isinstance(part, LoRA | AdaLoRA)), None)
+        if adapter is None:
+            raise CompositionError(f"strategy '{self.strategy.name}' trains no adapter: export() is for those that do.")
+        self.processes.from_main(lambda: str(export_adapter(self.model, adapter, Path(folder), max_rank=max_rank)))
+        return Path(folder)
 
     @classmethod
     def load(
@@ -210,9 +213,10 @@ class Saving(Core):
 
     def _checkpoint(self, progress: Progress | None) -> None:
         assert self.folder is not None
-        if self.accelerator.is_main_process:
-            save_state(self.folder, self._state(with_tests=self.stream_name is None, progress=progress))
-        self.accelerator.wait_for_everyone()
+        folder = self.folder
+        self.processes.from_main(
+            lambda: save_state(folder, self._state(with_tests=self.stream_name is None, progress=progress))
+        )
 
 
 def _rows_state(train: Table, valid: Table | None) -> dict[str, Any]:

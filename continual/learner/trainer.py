@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from continual.errors import TrainingError
 from continual.learner.optimizer import set_rate
-from continual.models.output import Output
+from continual.learner.parallel import Parallel
+from continual.learner.processes import Processes
 from continual.monitor.evaluation import evaluating, score_tables
 from continual.parts.context import TrainingContext, not_finite
 from continual.strategy import Training
@@ -59,7 +59,7 @@ class Trainer:
         self,
         context: TrainingContext,
         training: Training,
-        accelerator: Accelerator,
+        processes: Processes,
         *,
         save_every: int | None = None,
         checkpoint: Callable[[Progress], None] | None = None,
@@ -67,9 +67,11 @@ class Trainer:
         show_progress: bool | None = None,
         evaluation_rows: int = 256,
     ) -> None:
-        self.context, self.training, self.accelerator = context, training, accelerator
+        self.context, self.training, self.processes = context, training, processes
+        self._parallel = Parallel(processes, context, training) if processes.count > 1 else None
         self.save_every, self.checkpoint, self.log = save_every, checkpoint, log
-        self.show_progress, self.evaluation_rows = show_progress, evaluation_rows
+        self.show_progress = show_progress if processes.is_main else False
+        self.evaluation_rows = evaluation_rows
         self._on_device = context.device.type != "cpu"
         self._recent: list[tuple[int, list[tuple[str, Tensor]], Batch]] = []
         self._bad: Tensor | None = None
@@ -90,7 +92,8 @@ class Trainer:
         table = place(experience.train, context.device)
         generator = context.randomness.generator("order")
         context.step, context.epoch = progress.step, progress.epoch
-        self._model = self._wrapped()
+        if self._parallel is not None:
+            self._parallel.begin(experience.train, (progress.epoch, progress.batch, progress.step))
         started, before = time.perf_counter(), progress.seconds
         bar = tqdm(
             total=context.steps,
@@ -119,6 +122,7 @@ class Trainer:
                         break
                     if self.save_every and progress.step % self.save_every == 0 and self.checkpoint:
                         self._look()
+                        self._align()
                         self.checkpoint(progress)
                 progress.epoch += 1
                 progress.batch = 0
@@ -128,6 +132,7 @@ class Trainer:
                 if training.early_stopping is not None:
                     self._early_stopping(experience, progress)
             self._look()
+            self._align()
         finally:
             bar.close()
             optimizer.zero_grad(set_to_none=True)
@@ -139,24 +144,22 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         set_rate(optimizer, self.training, context.step, context.steps)
         whole_step = sum(len(index_B) for index_B in groups)
-        for index_B in groups:
-            full = context.extend(to_device(table[index_B], context.device))
-            whole_rows = context.current_rows
-            batch, scale = self._shard(full)
-            with context.autocast():
-                output: Output = self._model(batch)
-            terms = context.terms(batch, output)
-            context.current_rows = whole_rows
+        for turn, index_B in enumerate(groups):
+            batch = context.extend(to_device(table[index_B], context.device))
+            if self._parallel is None:
+                output = context.forward(batch)
+                terms = context.terms(batch, output)
+            else:
+                output, terms = self._parallel.forward(batch, turn)
             loss = terms[0][1] if len(terms) == 1 else torch.stack([term for _, term in terms]).sum()
             self._watch(optimizer, loss, terms, batch)
-            scale = scale * len(index_B) / whole_step
+            scale = len(index_B) / whole_step
             loss = loss if scale == 1 else loss * scale
-            if self.accelerator.num_processes == 1:
-                loss.backward()  # type: ignore[no-untyped-call]
-            else:
-                self.accelerator.backward(loss)
-            context.keep(full, output if batch is full else self._gathered(output, len(full["labels"])))
-            progress.rows += len(full["labels"])
+            loss.backward()  # type: ignore[no-untyped-call]
+            context.keep(batch, output)
+            progress.rows += len(batch["labels"])
+        if self._parallel is not None:
+            self._parallel.average_gradients()
         context.edit_gradients()
         if self.training.clip is not None:
             nn.utils.clip_grad_norm_(list(context.parameters().values()), self.training.clip)
@@ -202,6 +205,7 @@ class Trainer:
     def _early_stopping(self, experience: Experience, progress: Progress) -> None:
         context, rule = self.context, self.training.early_stopping
         assert rule is not None and experience.valid is not None
+        self._align()
         with evaluating(context.model):
             scores = score_tables(
                 [experience.valid],
@@ -211,7 +215,7 @@ class Trainer:
                 context.device,
                 self.evaluation_rows,
             )
-        score = float(next(iter(scores[0].values())).double().mean())
+        score = self.processes.number(float(next(iter(scores[0].values())).double().mean()))
         if progress.best_score is None or score > progress.best_score + rule.min_delta:
             progress.best_score, progress.best_epoch = score, progress.epoch
             progress.best_weights = {n: tensor.detach().clone() for n, tensor in self._moving().items()}
@@ -227,36 +231,10 @@ class Trainer:
         """What training changes in the model: the parameters that train, and every buffer (running means, counts)."""
         return {**self.context.parameters(), **dict(self.context.model.named_buffers())}
 
-    def _wrapped(self) -> nn.Module:
-        if self.accelerator.num_processes == 1:
-            return self.context.model
-        model: nn.Module = self.accelerator.prepare_model(self.context.model)
-        return model
-
-    def _shard(self, batch: Batch) -> tuple[Batch, float]:
-        """This process's rows of a batch that every process has drawn alike, and what its mean loss counts for."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        if world == 1:
-            return batch, 1.0
-        mine = {name: column[rank::world] for name, column in batch.items()}
-        self.context.current_rows = len(range(rank, self.context.current_rows, world))
-        weights = batch.get("weight")
-        share = (
-            len(mine["labels"]) / len(batch["labels"])
-            if weights is None
-            else float(mine["weight"].sum() / weights.sum())
-        )
-        return mine, share * world
-
-    def _gathered(self, output: Output, size: int) -> Output:
-        """The output for all rows of the batch, in their order."""
-        world = self.accelerator.num_processes
-
-        def whole(rows: Tensor) -> Tensor:
-            parts: Tensor = self.accelerator.gather(self.accelerator.pad_across_processes(rows.detach().contiguous()))
-            return parts.view(world, -1, *rows.shape[1:]).transpose(0, 1).flatten(0, 1)[:size]
-
-        return Output(whole(output.logits), None if output.features is None else whole(output.features))
+    def _align(self) -> None:
+        """Before anything but a training step reads the model, all processes have the same one."""
+        if self._parallel is not None:
+            self._parallel.align()
 
 
 def place(table: Table, device: torch.device) -> Table:

@@ -18,3 +18,7 @@ class Output:
 
     logits: Tensor
     features: Tensor | None = None
+
+    def detach(self) -> Output:
+        """The same values, which no gradient follows."""
+        return Output(self.logits.detach(), None if self.features is None else self.features.detach())

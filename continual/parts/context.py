@@ -185,11 +185,17 @@ class TrainingContext:
             batch = extend(batch)
         return batch
 
-    def terms(self, batch: Batch, output: Output) -> list[tuple[str, Tensor]]:
-        """The objective and each part's own term, by name; their sum is the loss."""
+    def terms(
+        self, batch: Batch, output: Output, losses: Callable[[], Tensor] | None = None
+    ) -> list[tuple[str, Tensor]]:
+        """The objective and each part's own term, by name; their sum is the loss.
+
+        Args:
+            losses: gives the objective's loss of each row, (B,), in another way than from ``output``.
+        """
         self._in_step = True
         try:
-            loss_B = self.loss_rows(output, batch)
+            loss_B = self.loss_rows(output, batch) if losses is None else losses()
             weight_B = batch.get("weight")
             mean = loss_B.mean() if weight_B is None else (weight_B * loss_B).sum() / weight_B.sum()
             terms = [("objective", mean)]
@@ -226,8 +232,7 @@ class TrainingContext:
     def keep(self, batch: Batch, output: Output) -> None:
         """Remember a forward pass of this step for ``after_step``, where some part wants it."""
         if self._after:
-            features = None if output.features is None else output.features.detach()
-            self._last.append((batch, Output(output.logits.detach(), features), self.current_rows))
+            self._last.append((batch, output.detach(), self.current_rows))
 
     def after_step(self) -> None:
         """Tell the parts that the optimiser has stepped."""

@@ -6,6 +6,9 @@ loop and a foreign trainer can all give.
 
 Order of one optimiser step: ``extend`` → forward → objective + ``loss`` → backward → ``edit_gradients`` → clipping →
 optimiser → ``after_step``.
+
+Where several processes train, every hook is called in each of them with the whole batch and its whole output, and must do the
+same in all: draw from ``context.randomness`` only, and read nothing that differs between them.
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ class StreamSpec(Spec):
 
 
 def read_stream_spec(stream: str | Path | Mapping[str, Any] | StreamSpec) -> tuple[StreamSpec, Path | None]:
-    """A stream of the library by name, a YAML file, or settings, checked; and the folder of the file.
+    """A stream of the library by name, a YAML file, or settings, checked; and the folder of the file (of the file in
+    ``use``, where settings name one).
 
     ``use: NAME`` takes another stream's settings and lays the keys beside it over them; a mapping with another ``kind``
     or ``by`` replaces the whole mapping.
@@ -81,7 +82,9 @@ def read_stream_spec(stream: str | Path | Mapping[str, Any] | StreamSpec) -> tup
     if isinstance(stream, StreamSpec):
         return stream, None
     if isinstance(stream, Mapping):
-        return _parse(_resolved(dict(stream), "this stream", ()), "this stream"), None
+        use = stream.get("use")
+        beside = Path(use).parent if isinstance(use, str) and use.endswith((".yaml", ".yml")) else None
+        return _parse(_resolved(dict(stream), "this stream", ()), "this stream"), beside
     path = find_spec("streams", stream)
     where = f"'{path}'"
     own = read_yaml(path)

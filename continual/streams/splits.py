@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -9,13 +10,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from continual.errors import StreamError, quoted, unknown
 from continual.randomness import derive_seed
 from continual.spec import Spec
 from continual.streams.sources.rows import Part, Rows
+from continual.streams.times import moments
 
 Order = Literal["given", "random"] | list[str | int]
 Period = Literal["day", "month", "year"]
@@ -147,11 +149,19 @@ class TimeSplit(Spec):
 
     Attributes:
         periods: how many, with as many training rows in each as equal times allow; or ``day``, ``month``, ``year``;
-            or the times at which a new one begins (numbers or ISO dates).
+            or the times at which a new one begins (numbers or ISO dates; ``2024-02`` is the first of the month).
     """
 
     by: Literal["time"] = "time"
     periods: Annotated[int, Field(ge=1)] | Period | list[float | str]
+
+    @field_validator("periods", mode="before")
+    @classmethod
+    def _dates_as_strings(cls, value: Any) -> Any:
+        """YAML reads ``2024-02-01`` as a date."""
+        if not isinstance(value, list):
+            return value
+        return [cut.isoformat() if isinstance(cut, datetime.date) else cut for cut in value]
 
     @property
     def random(self) -> bool:
@@ -191,23 +201,13 @@ class TimeSplit(Spec):
             units = {part: values.astype(f"datetime64[{self._unit}]") for part, values in times.items()}
             return {part: values.astype(np.int64) for part, values in units.items()}
         numbers = {part: values.astype(np.float64) for part, values in times.items()}
-        if isinstance(self.periods, int):
-            ordered_times = np.sort(numbers["train"])
-            starts = (len(ordered_times) * np.arange(1, self.periods) / self.periods).astype(np.int64)
-            cuts = np.unique(ordered_times[starts])
-            cuts = cuts[cuts > ordered_times[0]]
-            if len(cuts) + 1 < self.periods:
-                raise StreamError(
-                    f"the time column has too few different times for {self.periods} periods: take fewer."
-                )
-        else:
-            cuts = self._cuts(dates)
+        cuts = _even_cuts(numbers["train"], self.periods) if isinstance(self.periods, int) else self._cuts(dates)
         return {part: np.searchsorted(cuts, values, side="right") for part, values in numbers.items()}
 
     def _cuts(self, dates: bool) -> npt.NDArray[np.float64]:
         assert isinstance(self.periods, list)
         try:
-            wanted: Any = np.array([str(cut) for cut in self.periods], dtype="datetime64[s]") if dates else self.periods
+            wanted: Any = moments(map(str, self.periods)) if dates else self.periods
             cuts = np.asarray(wanted).astype(np.float64)
         except ValueError as error:
             raise StreamError(
@@ -216,6 +216,21 @@ class TimeSplit(Spec):
         if (np.diff(cuts) <= 0).any():
             raise StreamError(f"'periods' has times that do not rise ({quoted(self.periods)}): put them in order.")
         return cuts
+
+
+def _even_cuts(times_N: npt.NDArray[np.float64], periods: int) -> npt.NDArray[np.float64]:
+    """Where periods after the first begin: as even in rows as may be, each with one time of its own at least."""
+    distinct = np.unique(times_N)
+    if len(distinct) < periods:
+        raise StreamError(
+            f"the time column has too few different times for {periods} periods ({len(distinct)}): take fewer."
+        )
+    number = np.arange(1, periods)
+    starts = (len(times_N) * number / periods).astype(np.int64)
+    wanted = np.searchsorted(distinct, np.sort(times_N)[starts])
+    rising = np.maximum.accumulate(np.maximum(wanted - number, 0)) + number
+    found: npt.NDArray[np.float64] = distinct[np.minimum(rising, len(distinct) - periods + number)]
+    return found
 
 
 class JointSplit(Spec):

@@ -44,6 +44,7 @@ class Stream(Sequence[Experience]):
             classes.
         model: what to train where the user names no model: a name, settings, or None.
         open: whether experiences may be appended.
+        notes: what the user should know of the rows, such as how many were dropped.
     """
 
     def __init__(
@@ -57,11 +58,13 @@ class Stream(Sequence[Experience]):
         class_names: tuple[str, ...] = (),
         model: str | dict[str, Any] | None = None,
         open: bool = False,
+        notes: Sequence[str] = (),
         identity: dict[str, Any] | None = None,
     ) -> None:
         self._slots = [experience if isinstance(experience, _Slot) else _Slot(experience) for experience in experiences]
         self.name, self.summary, self.scenario, self.objective = name, summary, scenario, objective
         self.class_names, self.model, self.open = class_names, model, open
+        self.notes = tuple(notes)
         self._identity = identity or {}
         self._digests = [hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode())]
 
@@ -105,6 +108,7 @@ class Stream(Sequence[Experience]):
             objective=spec.objective,
             class_names=class_names,
             model=spec.model,
+            notes=rows.notes,
             identity=identity,
         )
 
@@ -288,6 +292,7 @@ class Stream(Sequence[Experience]):
             class_names=self.class_names,
             model=self.model,
             open=open,
+            notes=self.notes,
             identity=self._identity,
         )
 

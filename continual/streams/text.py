@@ -33,7 +33,7 @@ from continual.table import IGNORED, ArrowTable, Concat, Mapped, Ragged, Table, 
 if TYPE_CHECKING:
     import datasets
 
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK = 1000
 
 _encoded: WeakKeyDictionary[Table, dict[str, Table]] = WeakKeyDictionary()

@@ -1,7 +1,7 @@
 """Rows of text as token ids: what a model reads and which tokens count.
 
-Language models: the loss is on the completion only (``prompt`` / ``completion``), on the assistant's turns only
-(``messages``), or on everything (``text``), as in TRL. Prompt and completion are tokenised each for itself, so that the
+Language models: the loss is on the completion only (``prompt`` / ``completion``), on all of the assistant's turns and
+nothing else (``messages``), or on everything (``text``), as in TRL. Prompt and completion are tokenised each for itself, so that the
 tokens of the prompt are those that the model will see when it answers.
 """
 
@@ -19,6 +19,14 @@ Texts = dict[str, Sequence[Any]]
 Tokens = dict[str, list[list[int]]]
 RowName = Callable[[int], str]
 
+TEXT_GROUPS: dict[Objective, tuple[tuple[str, ...], ...]] = {
+    "classification": (("text",),),
+    "regression": (("text",),),
+    "causal-lm": (("prompt", "completion"), ("messages",), ("text",)),
+    "seq2seq": (("prompt", "completion"),),
+}
+"""The columns of text that an objective reads, the first group that is there."""
+
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -28,16 +36,10 @@ def needed_columns(names: Sequence[str], objective: Objective) -> tuple[str, ...
     Raises:
         StreamError: there are none.
     """
-    choices: dict[Objective, list[tuple[str, ...]]] = {
-        "classification": [("text",)],
-        "regression": [("text",)],
-        "causal-lm": [("prompt", "completion"), ("messages",), ("text",)],
-        "seq2seq": [("prompt", "completion")],
-    }
-    for group in choices[objective]:
+    for group in TEXT_GROUPS[objective]:
         if set(group) <= set(names):
             return group
-    wanted = " or ".join(" + ".join(f"'{name}'" for name in group) for group in choices[objective])
+    wanted = " or ".join(" + ".join(f"'{name}'" for name in group) for group in TEXT_GROUPS[objective])
     raise StreamError(f"the objective '{objective}' reads {wanted}, and the table has {', '.join(names)}.")
 
 
@@ -130,13 +132,47 @@ def _chats(
     if isinstance(template, str) and _GENERATION.search(template):
         found = tokenizer.apply_chat_template(list(chats), return_dict=True, return_assistant_tokens_mask=True)
         return found["input_ids"], found["assistant_masks"]
-    whole = tokenizer.apply_chat_template(list(chats), return_dict=True)["input_ids"]
-    before = [chat[:-1] for chat in chats]
-    if not all(before):
-        place = before.index([])
-        raise StreamError(f"{row_name(place)}: the chat has only the assistant's turn: begin it with the user's.")
-    prefixes = tokenizer.apply_chat_template(before, return_dict=True, add_generation_prompt=True)["input_ids"]
-    return whole, [_shared(row, prefix) for row, prefix in zip(whole, prefixes, strict=True)]
+    first = next((place for place, chat in enumerate(chats) if chat[0].get("role") == "assistant"), None)
+    if first is not None:
+        raise StreamError(f"{row_name(first)}: the chat begins with the assistant's turn: begin it with the user's.")
+    return _turns(chats, tokenizer, row_name)
+
+
+def _turns(chats: Sequence[Any], tokenizer: Any, row_name: RowName) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of whole chats, and 1 where a token is the assistant's.
+
+    A turn begins where the chat before it, rendered with the prompt for an answer, ends, or parts from the whole chat;
+    it ends where the chat up to and with it ends. What is rendered alone must be what the whole chat begins with.
+    """
+
+    def render(parts: Sequence[Any], **options: Any) -> list[list[int]]:
+        found = tokenizer.apply_chat_template(parts, return_dict=True, **options)["input_ids"] if parts else []
+        return list(found)
+
+    whole = render(list(chats))
+    turns = [(p, i) for p, chat in enumerate(chats) for i, turn in enumerate(chat) if turn.get("role") == "assistant"]
+    asked = render([chats[p][:i] for p, i in turns], add_generation_prompt=True)
+    starts = [_shared(whole[p], ids) for (p, _), ids in zip(turns, asked, strict=True)]
+    parted = [n for n, ids in enumerate(asked) if starts[n] < len(ids)]
+    inner = [n for n, (p, i) in enumerate(turns) if i + 1 < len(chats[p])]
+    before = render([chats[turns[n][0]][: turns[n][1]] for n in parted])
+    upto = render([chats[turns[n][0]][: turns[n][1] + 1] for n in inner])
+    for n, ids in [*zip(parted, before, strict=True), *zip(inner, upto, strict=True)]:
+        if whole[turns[n][0]][: len(ids)] != ids:
+            raise StreamError(
+                f"{row_name(turns[n][0])}: the chat template renders message {turns[n][1] + 1} or those before it otherwise "
+                "when more follow, so that the assistant's turns cannot be told apart: use a template that marks them with "
+                "{% generation %}, or rows with 'prompt' and 'completion'."
+            )
+    for n, ids in zip(parted, before, strict=True):
+        starts[n] = max(starts[n], len(ids))
+    ends = [len(whole[p]) for p, _ in turns]
+    for n, ids in zip(inner, upto, strict=True):
+        ends[n] = len(ids)
+    masks = [[0] * len(row) for row in whole]
+    for (p, _), start, end in zip(turns, starts, ends, strict=True):
+        masks[p][start:end] = [1] * (end - start)
+    return whole, masks
 
 
 def _shared(row: list[int], prefix: list[int]) -> int:

@@ -77,9 +77,14 @@ def run_study(
 
     Raises:
         SpecError: something in the study is wrong, or the device is not there; nothing has run.
-        StateError: ``out`` cannot be written or another process runs a study there.
+        StateError: ``out`` cannot be written, another process runs a study there, or this is one of several processes.
     """
     assert workers >= 1
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise StateError(
+            "a study starts a process for each run by itself, and this is one of several that were started together: call "
+            "it without torchrun or accelerate launch, or launch single runs with `continual run`."
+        )
     resolve_device(device)
     out = Path(out)
     try:

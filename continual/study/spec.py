@@ -213,8 +213,6 @@ class Study:
         for name in (cell.stream, use):
             if name in self.spec.data:
                 return self.folder / Path(self.spec.data[name]).expanduser()
-        if data is None and isinstance(cell.stream_source, dict) and use.endswith((".yaml", ".yml")):
-            return Path(cell.stream_source["use"]).parent
         return Path(data) if data is not None else None
 
     def _stream(self, choice: StreamChoice) -> tuple[str, str | dict[str, Any], dict[str, Any]]:

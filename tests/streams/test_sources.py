@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+import logging
+import os
 import sys
 import types
 from pathlib import Path
@@ -9,12 +12,15 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from continual.errors import StreamError
 from continual.streams.content import row_keys
 from continual.streams.folders import Place
+from continual.streams.sources import files
 from continual.streams.sources.arrays import ArraysSource
 from continual.streams.sources.digits import DigitsSource
 from continual.streams.sources.docstrings import DocstringsSource, _docstrings, _mask_pattern, clean
@@ -22,6 +28,7 @@ from continual.streams.sources.files import FilesSource
 from continual.streams.sources.hub import HubSource
 from continual.streams.sources.mnist import MnistSource
 from continual.streams.sources.rows import Rows, stratified
+from continual.streams.tokens import needed_columns
 from continual.table import ArrowTable, TensorTable
 
 
@@ -219,6 +226,57 @@ def test_files_by_part(tmp_path: Path, suffix: str) -> None:
     assert isinstance(rows.tables["train"], TensorTable)
 
 
+def write_csv(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_cells_of_a_csv_file_are_taken_as_they_stand(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "a.csv", "text,label,domain\n0,007,01\nnull,7,1\nNA,NA,NA\n1.50,None,nan\n")
+    for keep in ("memory", "disk"):
+        rows = load(FilesSource(path=str(path), domain="domain", keep=keep))
+        assert rows.label_names == ("007", "7", "NA", "None") and rows.domain_names == ("01", "1", "NA", "nan")
+        assert list(rows.tables["train"].strings("text")) == ["0", "null", "NA", "1.50"]
+    renamed = write_csv(tmp_path / "b.csv", "t,y\n1,b\n2,NA\n")
+    assert load(FilesSource(path=str(renamed), text="t", label="y")).label_names == ("b", "NA")
+    empty = write_csv(tmp_path / "c.csv", "text,label\na,x\nb,\nc,NA\n")
+    with pytest.raises(StreamError, match=r"the label of row 1 is None"):
+        load(FilesSource(path=str(empty)))
+    with pytest.raises(StreamError, match=r"'text' of row 1 is empty"):
+        load(FilesSource(path=str(write_csv(tmp_path / "d.csv", "text,label\n1,x\n,y\n"))))
+
+
+def test_numbers_in_a_csv_file_stay_numbers(tmp_path: Path) -> None:
+    write_csv(tmp_path / "train.csv", "text,label,when,id\na,10,202402,5\nb,9,202401,3\nc,-1,202403,4\n")
+    write_csv(tmp_path / "test.csv", "text,label,when,id\nd,9,202401,7\n")
+    rows = load(FilesSource(time="when", id="id", domain="when"), tmp_path)
+    assert rows.label_names == ("-1", "9", "10") and rows.tables["test"].column("labels").tolist() == [1]
+    assert rows.times["train"].tolist() == [202402, 202401, 202403]
+    assert rows.tables["train"].column("row").tolist() == [5, 3, 4]
+    write_csv(tmp_path / "test.csv", "text,label\nd,09\ne,9\n")
+    with pytest.raises(StreamError, match=r"class '09' is in test but has no training rows"):
+        load(FilesSource(), tmp_path)
+    (tmp_path / "test.csv").unlink()
+    write_jsonl(tmp_path / "test.jsonl", [{"text": "d", "label": "9"}])
+    assert load(FilesSource(), tmp_path).label_names == ("10", "9", "-1")
+    write_jsonl(tmp_path / "test.jsonl", [{"text": "d", "label": 9}])
+    assert load(FilesSource(), tmp_path).label_names == ("-1", "9", "10")
+    numbers = write_csv(tmp_path / "n.csv", "x,label\n1,2\n2,0.5\nNA,3\n")
+    with pytest.raises(StreamError, match=r"the label of row 1 is 0.5"):
+        load(FilesSource(path=str(numbers), text="x"))
+    with pytest.raises(StreamError, match=r"1 rows have features that are NaN"):
+        load(FilesSource(path=str(numbers), features=["x"]), objective="regression")
+    assert load(FilesSource(path=str(tmp_path / "train.csv"), label="id", id="id")).label_names == ("3", "4", "5")
+    found = load(FilesSource(path=str(numbers), text="x"), objective="regression").tables["train"]
+    assert found.column("labels").tolist() == [2, 0.5, 3] and list(found.strings("text")) == ["1", "2", "NA"]
+
+
+def test_a_cell_that_nobody_reads_may_be_empty(tmp_path: Path) -> None:
+    lines = ["text,label,age", *(f"text {n},c{n % 2},{n}" for n in range(10_000)), "last,c0,"]
+    path = write_csv(tmp_path / "long.csv", "\n".join(lines) + "\n")
+    assert load(FilesSource(path=str(path))).tables["train"].strings("text")[-1] == "last"
+
+
 def test_files_named_and_on_disk_give_the_same_rows(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", sample(20))
     write_jsonl(tmp_path / "b.jsonl", sample(10, 50))
@@ -234,6 +292,26 @@ def test_files_named_and_on_disk_give_the_same_rows(tmp_path: Path) -> None:
         )
         assert np.array_equal(row_keys(one), row_keys(two))
     assert torch.equal(memory.tables["train"][index]["labels"], disk.tables["train"][index]["labels"])
+
+
+@pytest.mark.parametrize("keep", ["memory", "disk"])
+@pytest.mark.parametrize("features", [None, ["x"]])
+def test_a_file_of_the_same_age_is_read_again(tmp_path: Path, keep: Any, features: list[str] | None) -> None:
+    def given(start: int) -> list[dict[str, Any]]:
+        return [{**row, "x": start + n} for n, row in enumerate(sample(start=start))]
+
+    path = write_jsonl(tmp_path / "rows.jsonl", given(10))
+    source = FilesSource(path=str(path), features=features, keep=keep)
+    before = load(source).tables["train"]
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    write_jsonl(path, given(50))
+    os.utime(path, ns=times)
+    after = load(source).tables["train"]
+    for table, start in ((before, 10), (after, 50)):
+        if features:
+            assert table.column("inputs")[:, 0].tolist() == list(range(start, start + 12))
+        else:
+            assert table.strings("text")[0] == f"text number {start}"
 
 
 @pytest.mark.parametrize("keep", ["memory", "disk"])
@@ -269,6 +347,11 @@ def test_overlap_dropped_or_kept(tmp_path: Path) -> None:
     assert len(kept.tables["train"]) == 12
     assert list(dropped.tables["train"].strings("text")) == [f"text number {n}" for n in range(10)]
     assert len(dropped.tables["test"]) == 12
+    assert dropped.notes == ("2 of 12 training rows dropped: same content as test rows",) and kept.notes == ()
+    write_jsonl(tmp_path / "valid.jsonl", sample(3, 11))
+    assert load(FilesSource(overlap="drop"), tmp_path).notes[1] == (
+        "3 of 3 valid rows dropped: same content as test rows"
+    )
 
 
 BROKEN: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
@@ -280,7 +363,12 @@ BROKEN: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
     ("no label", [{"text": "a", "label": "x"}, {"text": "b", "label": None}], {}, "label of row 1 is None"),
     ("one class", [{"text": "a", "label": "x"}, {"text": "b", "label": "x"}], {}, "the one class 'x'"),
     ("empty text", [{"text": "a", "label": "x"}, {"text": "  ", "label": "y"}], {}, "'text' of row 1 is empty"),
-    ("text that is none", [{"text": 3, "label": "x"}, {"text": 4, "label": "y"}], {}, "'text'"),
+    (
+        "text that is none",
+        [{"text": 0, "label": "x"}, {"text": 4, "label": "y"}],
+        {},
+        "'text' of row 0 is int, not text",
+    ),
     ("NaN", [{"a": 1.0, "label": "x"}, {"a": None, "label": "y"}], {"features": ["a"]}, "NaN or infinite"),
     ("word as feature", sample(), {"features": ["text"]}, "'text' is not numeric"),
     ("two kinds of features", sample(), {"features": ["label"], "text": "text"}, "both 'features' and 'text'"),
@@ -288,6 +376,13 @@ BROKEN: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
     ("ids are words", sample(), {"id": "label"}, "row ids are not whole numbers"),
     ("ids too large", [{**row, "id": 2**41 + n} for n, row in enumerate(sample())], {"id": "id"}, "too large"),
     ("half a question", sample(), {"prompt": "text"}, "'prompt' does not suit"),
+    (
+        "no domain",
+        [*sample(), {**sample()[0], "domain": None}],
+        {"domain": "domain"},
+        r"domain of row 12 is missing \(None\)",
+    ),
+    ("empty domain", [*sample(), {**sample()[0], "domain": " "}], {"domain": "domain"}, "domain of row 12 is missing"),
     ("times are words", sample(), {"time": "label"}, "time column cannot be read"),
 ]
 
@@ -322,6 +417,61 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         load(FilesSource(train="rows.xlsx", test="none.csv"), tmp_path)
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+@pytest.mark.parametrize("column", ["text", "other"])
+def test_files_that_are_not_utf8(tmp_path: Path, suffix: str, column: str) -> None:
+    row = {"text": "plain", "label": "x", "other": "plain", column: "café"}
+    lines = [json.dumps(row, ensure_ascii=False)] if suffix == "jsonl" else [",".join(row), ",".join(row.values())]
+    path = tmp_path / f"rows.{suffix}"
+    path.write_bytes("\n".join([*lines, ""]).encode("latin-1"))
+    with pytest.raises(StreamError, match=r"rows\.\w+' is not UTF-8 \(invalid continuation byte\): save it as UTF-8"):
+        load(FilesSource(path=str(path)))
+    path.write_bytes(("\n".join(lines)).encode()[:-2] + b"\xc3")
+    with pytest.raises(StreamError, match=r"is not UTF-8 \(unexpected end of data\)"):
+        load(FilesSource(path=str(path)))
+
+
+@pytest.mark.parametrize("keep", ["memory", "disk"])
+def test_text_that_arrow_holds_and_cannot_decode(tmp_path: Path, keep: Any) -> None:
+    raw = pa.array([b"plain", b"caf\xe9", b"more"], type=pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    table = pa.table({"text": text, "label": ["x", "y", "x"], "domain": ["a", "b", "a"]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "saved"))
+    for source in (
+        FilesSource(path=str(tmp_path / "rows.parquet"), keep=keep),
+        FilesSource(path=str(tmp_path / "rows.parquet"), keep=keep, shares={"test": 0.5}),
+        HubSource(name=str(tmp_path / "saved"), keep=keep),
+    ):
+        with pytest.raises(StreamError, match=r"there is text that is not UTF-8"):
+            load(source)
+
+
+def test_a_character_may_lie_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_CHUNK", 3)
+    path = tmp_path / "rows.csv"
+    lines = ["text,label", *(f"{'é€' * n}{n},c{n % 2}" for n in range(8)), ""]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert files._digest(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert load(FilesSource(path=str(path))).tables["train"].strings("text")[2] == "é€é€2"
+
+
+def test_the_log_of_datasets_stays_silent_and_as_it_was(tmp_path: Path) -> None:
+    heard: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = heard.append  # type: ignore[method-assign]
+    log, level = logging.getLogger("datasets"), datasets.logging.get_verbosity()
+    log.addHandler(handler)
+    try:
+        for name, text in (("a.csv", "text,label\na,x\nb,y,z,w\n"), ("b.jsonl", '{"text": "a"}\n{"text": \n')):
+            (tmp_path / name).write_text(text)
+            with pytest.raises(StreamError, match=r"could not be read"):
+                load(FilesSource(path=str(tmp_path / name)))
+    finally:
+        log.removeHandler(handler)
+    assert heard == [] and datasets.logging.get_verbosity() == level
+
+
 def test_a_class_without_training_rows(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", sample(classes=2))
     write_jsonl(tmp_path / "test.jsonl", sample(start=50, classes=3))
@@ -344,6 +494,23 @@ def test_language_model_rows(tmp_path: Path) -> None:
         load(FilesSource(path=path, label="completion"), objective="causal-lm")
     with pytest.raises(StreamError, match=r"does not suit the objective 'classification'"):
         load(FilesSource(path=path))
+
+
+def test_columns_that_are_not_named_follow_the_objective(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    everything = {"text": "t", "messages": chat, "prompt": "p", "completion": "c", "label": "x"}
+    wanted: dict[Any, list[tuple[str, ...]]] = {
+        "causal-lm": [("prompt", "completion"), ("messages",), ("text",)],
+        "seq2seq": [("prompt", "completion")],
+        "classification": [("text",)],
+    }
+    for objective, groups in wanted.items():
+        left = [{**everything, "text": f"t{n}", "label": f"c{n}"} for n in range(2)]
+        for number, group in enumerate(groups):
+            path = write_jsonl(tmp_path / f"{objective}{number}.jsonl", left)
+            table = load(FilesSource(path=str(path)), objective=objective).tables["train"]
+            assert set(table.names) - {"labels", "row"} == set(group) == set(needed_columns(list(left[0]), objective))
+            left = [{name: value for name, value in row.items() if name not in group} for row in left]
 
 
 def test_regression_targets(tmp_path: Path) -> None:
@@ -391,6 +558,22 @@ def test_arrays() -> None:
     inputs, labels = np.arange(12.0).reshape(6, 2), np.array(["b", "a"] * 3)
     rows = load(ArraysSource(train=(inputs, labels), test=(inputs + 50, labels), domain={"train": list("xxyyxx")}))
     assert rows.label_names == ("b", "a") and rows.domains["train"].tolist() == [0, 0, 1, 1, 0, 0]
+    words = load(ArraysSource(train=(inputs, labels), domain={"train": ["None", "nan", "a", "a", "a", "b"]}))
+    assert words.domain_names == ("None", "nan", "a", "b")
+    assert load(ArraysSource(train=(inputs, labels), domain={"train": torch.arange(6) // 3})).domain_names == ("0", "1")
+    for missing in (None, float("nan"), np.datetime64("NaT"), ""):
+        marks = [*"xxxx", missing, "y"]
+        for domain in (marks, np.array(marks, dtype=object)):
+            with pytest.raises(StreamError, match=r"train: the domain of row 4 is missing"):
+                load(ArraysSource(train=(inputs, labels), domain={"train": domain}))
+    with pytest.raises(StreamError, match=r"test: the domain of row 0 is missing \(nan\)"):
+        load(
+            ArraysSource(
+                train=(inputs, labels),
+                test=(inputs + 50, labels),
+                domain={"train": range(6), "test": np.array([np.nan, 1, 2, 3, 4, 5])},
+            )
+        )
     with pytest.raises(StreamError, match=r"6 rows and 2 values for 'time'"):
         load(ArraysSource(train=(inputs, labels), time={"train": [1, 2]}))
     with pytest.raises(StreamError, match=r"1 rows have features that are NaN"):

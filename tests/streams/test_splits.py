@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,8 @@ import torch
 from torch import Tensor
 
 from continual.errors import StreamError
+from continual.spec import read_yaml
+from continual.streams.splits import _even_cuts
 from continual.streams.stream import Stream
 from continual.streams.transforms import Permute, Rotate
 
@@ -95,6 +99,64 @@ def test_time_split_by_count_cuts_and_calendar() -> None:
     assert names(stream({"by": "time", "periods": "year"}, "domain", time=dates)) == ["2023", "2024"]
     words = {part: [str(value) for value in values] for part, values in dates.items()}
     assert [len(e.train) for e in stream({"by": "time", "periods": ["2024-01-01"]}, "domain", time=words)] == [32, 28]
+
+
+def by_rows(times: list[float], periods: int) -> list[float] | None:
+    """Cuts at the quantiles of the rows, one after another; None where they tie."""
+    rows, cuts = sorted(times), []
+    for number in range(1, periods):
+        cut = rows[len(rows) * number // periods]
+        if cut <= (cuts[-1] if cuts else rows[0]):
+            return None
+        cuts.append(cut)
+    return cuts
+
+
+def test_every_period_has_a_time_of_its_own_where_there_are_enough() -> None:
+    generator = np.random.default_rng(0)
+    tied = 0
+    for _ in range(200):
+        times = generator.integers(0, generator.integers(1, 12), generator.integers(3, 40)).astype(np.float64)
+        distinct = len(set(times.tolist()))
+        for periods in range(1, distinct + 1):
+            cuts = _even_cuts(times, periods)
+            assert len(cuts) == periods - 1 and (np.diff(cuts) > 0).all()
+            assert len(set(np.searchsorted(cuts, times, side="right").tolist())) == periods
+            wanted = by_rows(times.tolist(), periods)
+            tied += wanted is None
+            assert wanted is None or cuts.tolist() == wanted
+        with pytest.raises(StreamError, match="too few different times"):
+            _even_cuts(times, distinct + 1)
+    assert tied > 50
+
+
+def test_months_as_numbers_as_words_and_as_dates_of_yaml(tmp_path: Path) -> None:
+    months = np.repeat(np.arange(202401, 202413), [30, 1, 2, 1, 5, 1, 1, 1, 1, 1, 1, 15])
+    numbers = {"train": months, "test": np.full(30, 202401), "valid": np.full(12, 202412)}
+    found = stream({"by": "time", "periods": 12}, "domain", time=numbers)
+    assert [len(e.train) for e in found] == [30, 1, 2, 1, 5, 1, 1, 1, 1, 1, 1, 15]
+    words = {part: [f"{value // 100}-{value % 100:02d}" for value in values] for part, values in numbers.items()}
+    assert names(stream({"by": "time", "periods": "month"}, "domain", time=words))[::11] == ["2024-01", "2024-12"]
+    path = tmp_path / "cuts.yaml"
+    for cuts in ("[2024-02-01, 2024-05-01]", "['2024-02-01', '2024-05-01']", "[2024-02, 2024-05]"):
+        path.write_text(f"by: time\nperiods: {cuts}\n")
+        split = read_yaml(path)
+        assert [len(e.train) for e in stream(split, "domain", time=words)] == [30, 4, 26], cuts
+    dated = stream({"by": "time", "periods": [datetime.date(2024, 2, 1)]}, "domain", time=words)
+    assert dated.fingerprint() == stream({"by": "time", "periods": ["2024-02-01"]}, "domain", time=words).fingerprint()
+    path.write_text("by: time\nperiods: [2024-01-31 23:00:00-02:00]\n")
+    late = {**words, "train": ["2024-02-01T00:59:59.5"] * 20 + ["2024-02-01T01:00:00"] * 40}
+    assert [len(e.train) for e in stream(read_yaml(path), "domain", time=late)] == [20, 40]
+
+
+def test_dates_of_numpy_and_missing_ones() -> None:
+    days = {part: np.full(count, "2024-01-31", dtype="datetime64[ns]") for part, count in (("test", 30), ("valid", 12))}
+    train = np.datetime64("2024-01-31", "ns") + np.arange(60).astype("timedelta64[D]")
+    found = stream({"by": "time", "periods": "month"}, "domain", time={**days, "train": train})
+    assert [len(e.train) for e in found] == [1, 29, 30]
+    train[7] = np.datetime64("NaT")
+    with pytest.raises(StreamError, match="a time is missing"):
+        stream({"by": "time", "periods": "month"}, "domain", time={**days, "train": train})
 
 
 def test_times_that_cannot_be_cut() -> None:

@@ -89,6 +89,12 @@ def test_relative_paths_are_those_of_the_file(tmp_path: Path, monkeypatch: pytes
     )
     monkeypatch.chdir(Path(__file__).parent)
     assert len(Stream.load(tmp_path / "mine.yaml")[0].train) == 8
+    over = {"use": str(tmp_path / "mine.yaml"), "name": "again"}
+    assert len(Stream.load(over)[0].train) == 8
+    (tmp_path / "data").mkdir()
+    (tmp_path / "rows.jsonl").rename(tmp_path / "data" / "rows.jsonl")
+    monkeypatch.setenv("CONTINUAL_DATA", str(tmp_path / "data"))
+    assert len(Stream.load(over)[0].train) == 8
 
 
 def test_settings_and_schema() -> None:

@@ -217,7 +217,7 @@ CHAT = [
 ]  # fmt: skip
 
 
-def test_assistant_turns_count_by_mask_or_the_last_one_by_prefix() -> None:
+def test_all_assistant_turns_count() -> None:
     table = TensorTable({"messages": [CHAT, CHAT[:2]], "row": torch.arange(2)})
     whole = ids("user : a b assistant : c user : d assistant : e f")
     marked = encode(table, tokenizer(MARKED), "causal-lm", 32)
@@ -225,8 +225,34 @@ def test_assistant_turns_count_by_mask_or_the_last_one_by_prefix() -> None:
     counted = [token for token in row(marked, 0, "labels") if token != IGNORED]
     assert counted == ids("c e f") and row(marked, 0, "labels")[6] == ids("c")[0]
     plain = encode(table, tokenizer(PLAIN), "causal-lm", 32)
-    assert row(plain, 0) == whole and row(plain, 0, "labels") == [IGNORED] * 12 + ids("e f")
+    assert row(plain, 0) == whole
+    assert row(plain, 0, "labels") == [IGNORED] * 6 + ids("c") + [IGNORED] * 5 + ids("e f")
     assert row(plain, 1, "labels") == [IGNORED] * 6 + ids("c")
+
+
+def test_assistant_turns_by_prefix_are_those_by_mask() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def words() -> str:
+        places = torch.randint(10, (int(torch.randint(1, 4, (1,), generator=generator)),), generator=generator)
+        return " ".join("abcdefghij"[place] for place in places.tolist())
+
+    chats = []
+    for n in range(20):
+        turns = [{"role": role, "content": words()} for _ in range(1 + n % 4) for role in ("user", "assistant")]
+        chats.append(turns if n % 3 else [{"role": "user", "content": words()}, *turns])
+    table = TensorTable({"messages": chats, "row": torch.arange(20)})
+    plain, marked = (encode(table, tokenizer(form), "causal-lm", 64) for form in (PLAIN, MARKED))
+    for place in range(20):
+        for name in ("input_ids", "labels"):
+            assert row(plain, place, name) == row(marked, place, name)
+
+
+def test_a_prompt_for_an_answer_that_the_chat_lacks_is_no_part_of_it() -> None:
+    table = TensorTable({"messages": [CHAT], "row": torch.arange(1)})
+    thinking = PLAIN.replace("assistant : {% endif %}", "assistant : j {% endif %}")
+    found = encode(table, tokenizer(thinking), "causal-lm", 32)
+    assert row(found, 0, "labels") == [IGNORED] * 6 + ids("c") + [IGNORED] * 5 + ids("e f")
 
 
 def test_chats_that_cannot_be_used() -> None:
@@ -237,8 +263,15 @@ def test_chats_that_cannot_be_used() -> None:
         encode(table(CHAT), tokenizer(), "causal-lm", 32)
     with pytest.raises(StreamError, match="row 31: the chat does not end with the assistant's turn"):
         encode(table(CHAT, CHAT[:3]), tokenizer(PLAIN), "causal-lm", 32)
-    with pytest.raises(StreamError, match="row 30: the chat has only the assistant's turn"):
+    with pytest.raises(StreamError, match="row 30: the chat begins with the assistant's turn"):
         encode(table(CHAT[1:2]), tokenizer(PLAIN), "causal-lm", 32)
+    forgets = PLAIN.replace("m.content", "(m.content if loop.last or m.role == 'user' else 'j')")
+    assert row(encode(table(CHAT[:2]), tokenizer(forgets), "causal-lm", 32), 0, "labels")[6:] == ids("c")
+    with pytest.raises(StreamError, match="row 31: the chat template renders message 2 or those before it otherwise"):
+        encode(table(CHAT[:2], CHAT), tokenizer(forgets), "causal-lm", 32)
+    counts = PLAIN.replace("{% for", "{{ 'abcdefghij'[messages|length] + ' ' }}{% for", 1)
+    with pytest.raises(StreamError, match=r"row 30: the chat template renders message 2 .* use a template that marks"):
+        encode(table(CHAT[:2]), tokenizer(counts), "causal-lm", 32)
     with pytest.raises(StreamError, match="row 30: nothing of the answer is left within 6 tokens"):
         encode(table(CHAT), tokenizer(MARKED), "causal-lm", 6)
 

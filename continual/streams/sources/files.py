@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import hashlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,8 +17,9 @@ from continual.objective import Objective
 from continual.spec import Spec
 from continual.streams.content import row_keys
 from continual.streams.folders import Place, cache_folder
+from continual.streams.sources.cells import numbered, read_options
 from continual.streams.sources.rows import PARTS, Part, Raw, Rows, assemble, take
-from continual.streams.sources.tabular import TabularSource, quiet
+from continual.streams.sources.tabular import TabularSource, decodable, quiet
 
 if TYPE_CHECKING:
     import datasets
@@ -26,6 +30,7 @@ PART_NAMES: dict[Part, tuple[str, ...]] = {
     "valid": ("valid", "val", "validation", "dev"),
     "test": ("test", "testing"),
 }
+_CHUNK = 2**20
 
 
 class Shares(Spec):
@@ -46,7 +51,8 @@ class FilesSource(TabularSource):
 
     Attributes:
         path: a file with all rows, or a folder with ``train``, ``valid`` (or ``val``) and ``test`` files; where it
-            is not given, the folder or file named with ``--data``.
+            is not given, the folder or file named with ``--data``. A path with a suffix names one file, for which the
+            files of a folder are never taken.
         train, valid, test: files of the parts, where they have other names (in the folder ``path``).
         shares: parts taken from the training rows.
     """
@@ -64,12 +70,16 @@ class FilesSource(TabularSource):
         Raises:
             StreamError: a file or column is missing, or a row cannot be used.
         """
+        with decodable("the source 'files'"):
+            return self._rows(place, objective)
+
+    def _rows(self, place: Place, objective: Objective) -> Rows:
         raws: dict[Part, Raw] = {}
-        for part, path in self._paths(place).items():
-            try:
-                raws[part] = self.raw(read_file(path), objective, f"'{path}'")
-            except UnicodeDecodeError as error:
-                raise StreamError(_unreadable(path, error)) from error
+        paths = self._paths(place)
+        for part, path in paths.items():
+            raws[part] = self.raw(read_file(path, self.string_columns(objective)), objective, f"'{path}'")
+        if objective == "classification":
+            raws = numbered(raws, [part for part, path in paths.items() if path.suffix == ".csv"])
         for part in ("valid", "test"):
             share = getattr(self.shares, part)
             if share and part in raws:
@@ -90,7 +100,13 @@ class FilesSource(TabularSource):
             return {part: path for part, path in found.items() if path is not None}
         if self.path is None and place.data is None:
             raise StreamError("the source 'files' has no 'path': name one there, or a folder with --data.")
-        path = place.find(Path(self.path or ""), lambda p: p.is_file() or bool(_parts_in(p)))
+        relative = Path(self.path or "")
+
+        def fits(found: Path) -> bool:
+            whole = not relative.suffix or found.name == relative.name
+            return found.is_file() or (whole and bool(_parts_in(found)))
+
+        path = place.find(relative, fits)
         if path is None:
             raise StreamError(
                 f"no training file was found for '{self.path or place.data}' (a folder needs one called train, with "
@@ -117,8 +133,12 @@ def split_off(train: Raw, shares: Shares) -> dict[Part, Raw]:
     return raws
 
 
-def read_file(path: Path) -> datasets.Dataset:
-    """A JSONL, CSV or Parquet file, memory-mapped from the cache.
+def read_file(path: Path, strings: Collection[str] = ()) -> datasets.Dataset:
+    """A JSONL, CSV or Parquet file, memory-mapped from the cache, where it is found by the SHA-256 of its content.
+
+    Args:
+        path: of the file.
+        strings: columns of a CSV file (those that it has) whose cells are taken as they stand; an empty one is None.
 
     Raises:
         StreamError: another kind of file, or one that cannot be read.
@@ -136,8 +156,10 @@ def read_file(path: Path) -> datasets.Dataset:
     if path.stat().st_size == 0:
         raise StreamError(f"'{path}' is empty: give it rows.")
     try:
-        with quiet():
-            return readers[path.suffix](str(path), cache_dir=str(cache_folder() / "files"))
+        content = _digest(path)
+        options = read_options(path, strings) if path.suffix == ".csv" else {}
+        with quiet(log=False):
+            return readers[path.suffix](str(path), cache_dir=str(cache_folder() / "files" / content), **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise StreamError(_unreadable(path, error.__cause__ or error)) from error
 
@@ -154,6 +176,20 @@ def _unreadable(path: Path, error: BaseException) -> str:
             "cache folder in the environment variable CONTINUAL_CACHE."
         )
     return f"'{path}' could not be read ({reason}): mend the file."
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file; one of text is decoded on the way, which raises UnicodeDecodeError where it is not UTF-8."""
+    digest = hashlib.sha256()
+    decoder = codecs.getincrementaldecoder("utf-8")() if path.suffix != ".parquet" else None
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            if decoder is not None:
+                decoder.decode(chunk)
+    if decoder is not None:
+        decoder.decode(b"", final=True)
+    return digest.hexdigest()
 
 
 def _parts_in(folder: Path) -> dict[Part, Path]:

@@ -12,7 +12,7 @@ from continual.objective import Objective
 from continual.streams.folders import Place
 from continual.streams.sources.files import PART_NAMES, Shares, split_off
 from continual.streams.sources.rows import Part, Raw, Rows, assemble
-from continual.streams.sources.tabular import TabularSource, quiet
+from continual.streams.sources.tabular import TabularSource, decodable, quiet
 
 if TYPE_CHECKING:
     import datasets
@@ -43,6 +43,10 @@ class HubSource(TabularSource):
         Raises:
             StreamError: the data set cannot be had, a part or column is missing, or a row cannot be used.
         """
+        with decodable(f"'{self.name}'"):
+            return self._rows(place, objective)
+
+    def _rows(self, place: Place, objective: Objective) -> Rows:
         found = self._dataset(place)
         raws: dict[Part, Raw] = {}
         for part, aliases in PART_NAMES.items():

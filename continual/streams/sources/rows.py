@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,11 +15,15 @@ from continual.errors import StreamError, quoted
 from continual.objective import Objective
 from continual.streams.columns import replace_columns
 from continual.streams.content import TEXTS, finite_rows, row_keys
+from continual.streams.times import times_of
 from continual.table import ArrowTable, Table, TensorTable
 
 Part = Literal["train", "valid", "test"]
 PARTS: tuple[Part, ...] = ("train", "valid", "test")
 Values = Sequence[Any] | Tensor | npt.NDArray[Any]
+
+_NO_NAME = ("None", "nan", "NaT", "<NA>")
+"""What a value that is missing looks like as a string, in plain Python, numpy and pandas."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Rows:
         label_names: names of the classes by index; empty where the objective is not classification.
         domains: int64 index of each row's domain, by part; ``domain_names`` names them.
         times: datetime64[s] or float64 of each row, by part.
+        notes: what became of rows that are not here, in sentences.
     """
 
     tables: dict[Part, Table]
@@ -57,6 +60,7 @@ class Rows:
     domains: dict[Part, Tensor] = field(default_factory=dict)
     domain_names: tuple[str, ...] = ()
     times: dict[Part, npt.NDArray[Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def span(self) -> int:
@@ -92,8 +96,15 @@ def assemble(
     if not trusted:
         for part, raw in raws.items():
             _check_features(raw.table, f"{where}, {part}")
+    notes: list[str] = []
     if overlap == "drop" and "test" in raws:
+        before = {part: len(raw.table) for part, raw in raws.items()}
         raws = {part: raw if part == "test" else _without(raw, raws["test"]) for part, raw in raws.items()}
+        for part, raw in raws.items():
+            dropped = before[part] - len(raw.table)
+            if dropped:
+                what = "training" if part == "train" else part
+                notes.append(f"{dropped} of {before[part]} {what} rows dropped: same content as test rows")
         raws = {part: raw for part, raw in raws.items() if len(raw.table)}
         if "train" not in raws:
             raise StreamError(
@@ -116,7 +127,8 @@ def assemble(
         label_names=label_names,
         domains=domains,
         domain_names=domain_names,
-        times={part: _times(raw.time, f"{where}, {part}") for part, raw in raws.items() if raw.time is not None},
+        times={part: times_of(raw.time, f"{where}, {part}") for part, raw in raws.items() if raw.time is not None},
+        notes=tuple(notes),
     )
 
 
@@ -239,7 +251,8 @@ def _check_features(table: Table, where: str) -> None:
                     continue
                 if name == "messages" and isinstance(value, list) and value:
                     continue
-                what = "empty" if not value or isinstance(value, str) else f"{type(value).__name__}, not text"
+                nothing = value is None or isinstance(value, str) or value == []
+                what = "empty" if nothing else f"{type(value).__name__}, not text"
                 raise StreamError(f"{where}: '{name}' of row {place} is {what}: leave out such rows or fill them.")
     bad = (~finite_rows(table)).nonzero().flatten()
     if len(bad):
@@ -310,7 +323,9 @@ def _whole_ids(values: Values, where: str) -> Tensor:
 def _domains(raws: dict[Part, Raw], where: str) -> tuple[tuple[str, ...], dict[Part, Tensor]]:
     if raws["train"].domain is None:
         return (), {}
-    names = {part: [str(value) for value in raw.domain] for part, raw in raws.items() if raw.domain is not None}
+    names = {
+        part: _domain_names(raw.domain, f"{where}, {part}") for part, raw in raws.items() if raw.domain is not None
+    }
     place = {name: index for index, name in enumerate(dict.fromkeys(names["train"]))}
     for part, found in names.items():
         stranger = next((name for name in found if name not in place), None)
@@ -319,30 +334,13 @@ def _domains(raws: dict[Part, Raw], where: str) -> tuple[tuple[str, ...], dict[P
     return tuple(place), {part: torch.tensor([place[name] for name in found]) for part, found in names.items()}
 
 
-def _times(values: Values, where: str) -> npt.NDArray[Any]:
-    array = values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    try:
-        if array.dtype.kind in "iuf":
-            numbers = array.astype(np.float64)
-            if not all(map(math.isfinite, numbers)):
-                raise ValueError("a time is missing")
-            return numbers
-        stamps = [value if isinstance(value, datetime.date) else _moment(value) for value in array.tolist()]
-        found = np.array([_seconds(stamp) for stamp in stamps], dtype="datetime64[s]")
-    except (TypeError, ValueError) as error:
-        raise StreamError(
-            f"{where}: the time column cannot be read ({error}): use numbers or ISO dates as in 2024-01-31."
-        ) from error
-    return found
-
-
-def _moment(value: Any) -> datetime.datetime:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r} is no time")
-    return datetime.datetime.fromisoformat(value)
-
-
-def _seconds(stamp: datetime.date) -> str:
-    if isinstance(stamp, datetime.datetime) and stamp.tzinfo is not None:
-        stamp = stamp.astimezone(datetime.UTC).replace(tzinfo=None)
-    return stamp.isoformat()
+def _domain_names(values: Values, where: str) -> list[str]:
+    found = values.tolist() if isinstance(values, Tensor) else list(values)
+    names = [str(value) for value in found]
+    for place, name in enumerate(names):
+        if not name.strip() or (name in _NO_NAME and not isinstance(found[place], str)):
+            what = name.strip() or "empty"
+            raise StreamError(
+                f"{where}: the domain of row {place} is missing ({what}): fill it or leave out such rows."
+            )
+    return names

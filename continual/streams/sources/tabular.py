@@ -15,7 +15,9 @@ from continual.errors import StreamError, nearest, quoted
 from continual.objective import Objective
 from continual.spec import Spec
 from continual.streams.columns import named
+from continual.streams.content import TEXTS
 from continual.streams.sources.rows import Raw, Values
+from continual.streams.tokens import TEXT_GROUPS
 from continual.table import ArrowTable, Table, TensorTable
 
 if TYPE_CHECKING:
@@ -29,7 +31,8 @@ class TabularSource(Spec):
     """Which column is what; the settings that ``files`` and ``hub`` share.
 
     Attributes:
-        text: column of strings; where nothing is named, ``text``, ``prompt`` + ``completion`` or ``messages`` is taken.
+        text: column of strings; where nothing is named, the first of ``prompt`` + ``completion``, ``messages`` and
+            ``text`` that is there and suits the objective is taken.
         features: numeric columns that together are ``inputs``, float32 (N, D).
         prompt, completion: columns of a language model's question and answer.
         messages: column of chats, each a list of ``{role, content}``.
@@ -73,13 +76,26 @@ class TabularSource(Spec):
             None if self.id is None else np.asarray(dataset[self.id]),
         )
 
+    def string_columns(self, objective: Objective) -> tuple[str, ...]:
+        """The columns that are text or names, whatever their cells look like: text, class labels, domain.
+
+        Those of a name that is not given may not be there.
+        """
+        named = [self.text, self.prompt, self.completion, self.messages]
+        if not any(named) and not self.features:
+            named = list(TEXTS)
+        if objective == "classification":
+            named += ["label", "labels"] if self.label is None else [self.label]
+        numbers = {*(self.features or ()), self.time, self.id}
+        return tuple(dict.fromkeys(name for name in (*named, self.domain) if name is not None and name not in numbers))
+
     def _feature_columns(self, dataset: datasets.Dataset, objective: Objective, where: str) -> dict[str, str]:
         named = {name: getattr(self, name) for name in ("text", "prompt", "completion", "messages")}
         columns = {name: column for name, column in named.items() if column is not None}
         if columns and self.features:
             raise StreamError(f"{where}: both 'features' and '{next(iter(columns))}' are named: name one of them.")
         if not columns and not self.features:
-            for group in (("text",), ("messages",), ("prompt", "completion")):
+            for group in (*TEXT_GROUPS[objective], *TEXT_GROUPS["causal-lm"]):
                 if set(group) <= set(dataset.column_names):
                     columns = {name: name for name in group}
                     break
@@ -88,12 +104,7 @@ class TabularSource(Spec):
                     f"{where}: nothing to learn from: name the column in 'text', 'features', 'messages', or 'prompt' "
                     f"and 'completion'; there are {quoted(dataset.column_names)}."
                 )
-        allowed = {
-            "classification": ("text",),
-            "regression": ("text",),
-            "causal-lm": ("text", "messages", "prompt", "completion"),
-            "seq2seq": ("prompt", "completion"),
-        }[objective]
+        allowed = [name for group in TEXT_GROUPS[objective] for name in group]
         wrong = [name for name in columns if name not in allowed]
         if wrong or (self.features and "lm" in objective) or (self.features and objective == "seq2seq"):
             raise StreamError(
@@ -151,15 +162,27 @@ def _columns(dataset: datasets.Dataset, name: str) -> str:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars of ``datasets`` inside."""
+def decodable(where: str) -> Iterator[None]:
+    """Text inside that is not UTF-8, which Arrow finds only when a row is read, becomes a :class:`StreamError`."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise StreamError(f"{where}: there is text that is not UTF-8 ({error.reason}): write it in UTF-8.") from error
+
+
+@contextmanager
+def quiet(*, log: bool = True) -> Iterator[None]:
+    """No progress bars of ``datasets`` inside, and without ``log`` no errors in its log either, as they are raised too."""
     import datasets
 
-    silent = datasets.are_progress_bars_disabled()
+    silent, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    if not log:
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(level)
         if not silent:
             datasets.enable_progress_bars()
 
