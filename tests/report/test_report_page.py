@@ -238,6 +238,15 @@ def test_figures_of_any_length_are_sound_svg(make: Any, experiences: int) -> Non
     assert dict(matplotlib.rcParams) == before
 
 
+@pytest.mark.parametrize("updates", [1, 2, 13])
+def test_long_names_leave_room_for_the_curves(make: Any, updates: int) -> None:
+    matrix = [[0.9 if j <= i else None for j in range(updates)] for i in range(updates)]
+    (stream,) = aggregate([load_result(make(f"{letter * 3}[training.epochs=10]", 0, matrix)) for letter in "ab"])
+    for drawn in (progress_figure(stream), retention_figure(stream, stream.strategies[0]), cost_figure(stream)):
+        assert ElementTree.fromstring(drawn) is not None
+    assert "aaa[traini….epochs=10]" in progress_figure(stream)
+
+
 def test_cells_that_were_not_measured_are_hatched(make: Any) -> None:
     (stream,) = aggregate([load_result(make("a", 0))])
     drawn = matrix_figure(stream, stream.strategies[0])
