@@ -113,8 +113,9 @@ def study_command(
 
         write_text(page, (folder / "report.html").read_text(encoding="utf-8"))
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-    for outcome in failed:
-        print(f"continual: {outcome.cell.label} failed: {outcome.message}", file=sys.stderr)
+    for outcome in (outcome for outcome in outcomes if outcome.message):
+        mark = " failed" if outcome in failed else ""
+        print(f"continual: {outcome.cell.label}{mark}: {outcome.message}", file=sys.stderr)
     print(f"{len(outcomes) - len(failed)} of {len(outcomes)} cells done · {page or folder / 'report.html'}")
     if failed:
         raise typer.Exit(1)

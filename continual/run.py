@@ -23,10 +23,12 @@ from continual.learner import Learner, Update
 from continual.learner.checkpoint import check_same
 from continual.learner.core import resolve_device
 from continual.learner.processes import Processes
+from continual.models.build import base_on_disk, gives_features
 from continual.models.spec import parse_model_spec
 from continual.state import check_seal, recover_folder, sweep, write_text
 from continual.strategy import Strategy
 from continual.streams.experience import Scenario
+from continual.streams.spec import read_stream_spec
 from continual.streams.stream import Stream
 
 SAVE_EVERY = 500
@@ -55,18 +57,23 @@ def run_cell(
     Args:
         model: None takes the stream's own.
         resume: go on from the checkpoint in ``out``; a finished run is returned as it is.
-        overrides: dotted key of the strategy → value.
+        overrides: dotted key of the strategy → value; they become part of its name.
+        strategy_name: what reports call it instead.
         on_update: called with each :class:`~continual.learner.update.Update`, in the main process.
 
     Raises:
+        CompositionError: parts that cannot work on this objective or model; no data has been read.
         StateError: ``out`` holds another run, or nothing to resume, or is in use.
     """
     out = Path(out)
     chosen = Strategy.load(strategy, overrides=overrides)
-    chosen.name = strategy_name or chosen.name
+    plain = chosen.name
+    chosen.name = strategy_name or _with_overrides(plain, overrides or {})
     processes = Processes(resolve_device(device))
+    spec, _ = read_stream_spec(stream)
+    base = model if model is not None else (spec.model or "mlp")
+    chosen.check(objective=spec.objective, gives_features=gives_features(base, spec.objective))
     loaded = Stream.load(stream, data=data, seed=seed, scenario=scenario)
-    base = model if model is not None else (loaded.model or "mlp")
     request = {
         "stream": loaded.name,
         "stream_fingerprint": loaded.fingerprint(),
@@ -81,7 +88,7 @@ def run_cell(
             if resume and not (out / "run.json").is_file():
                 raise StateError(f"there is no run to resume in '{out}': leave --resume out to begin one.")
             held.enter_context(_alone(out))
-            found = _look(out, request, resume)
+            found = _look(out, request, resume, base, plain)
             if found is None:
                 sweep(out)
                 recover_folder(out / "checkpoint")
@@ -102,12 +109,26 @@ def run_cell(
             raise
         finally:
             learner.close()
+        run.result["provenance"]["stream_per_seed"] = spec.split.random
         _write(out, learner, run.result)
     return run.result
 
 
-def _look(out: Path, request: dict[str, Any], resume: bool) -> dict[str, Any] | None:
-    """The result of a finished run; None when there is something to do."""
+def _with_overrides(name: str, overrides: Mapping[str, Any]) -> str:
+    """``rehearsal[training.epochs=3]``: what reports call a strategy of which settings were changed."""
+    pairs = [
+        f"{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
+        for key, value in overrides.items()
+    ]
+    return f"{name}[{','.join(pairs)}]" if pairs else name
+
+
+def _look(out: Path, request: dict[str, Any], resume: bool, base: Any, plain: str) -> dict[str, Any] | None:
+    """The result of a finished run; None when there is something to do.
+
+    Args:
+        plain: the strategy's name without what was set in it, which runs of older versions have.
+    """
     asked = out / "run.json"
     if not asked.is_file():
         if (out / "result.json").exists():
@@ -115,7 +136,7 @@ def _look(out: Path, request: dict[str, Any], resume: bool) -> dict[str, Any] | 
         return None
     known = _read(asked, "name another out folder.")
     for key, value in request.items():
-        if known.get(key) != json.loads(json.dumps(value)):
+        if known.get(key) != json.loads(json.dumps(value)) and (key, known.get(key)) != ("strategy", plain):
             found = f"{key}: {shown(known.get(key))} there, {shown(value)} asked for"
             if key.endswith("_fingerprint"):
                 what = key.removesuffix("_fingerprint")
@@ -126,8 +147,21 @@ def _look(out: Path, request: dict[str, Any], resume: bool) -> dict[str, Any] | 
     if not resume:
         raise StateError(f"'{out}' holds this run already: add --resume to go on with it, or name another out folder.")
     if (out / "result.json").is_file():
-        return _read(out / "result.json", "delete it and resume the run.")
+        result = _read(out / "result.json", "delete it and resume the run.")
+        _check_base(out, result, base)
+        return result
     return None
+
+
+def _check_base(out: Path, result: dict[str, Any], base: Any) -> None:
+    """Refuse a finished run that was made on other weights than those that lie under the model's name now."""
+    origin, now = result.get("provenance"), base_on_disk(base)
+    there = origin.get("base_model_sha256") if isinstance(origin, dict) else None
+    if there is not None and now not in (None, there):
+        raise StateError(
+            f"'{out}' holds a run on another base model (SHA-256 {shown(there, 20)} there, {shown(now, 20)} now): name another out "
+            "folder."
+        )
 
 
 def _read(path: Path, advice: str) -> dict[str, Any]:

@@ -180,19 +180,24 @@ class Strategy:
 
     def check(self, *, objective: Objective, gives_features: bool, open_stream: bool = False) -> None:
         """Raise :class:`CompositionError` when the parts cannot work on this model or objective."""
+        slots = [part.slot for part in self.prototypes]
         for part in self.prototypes:
+            by_hand = f" (--set {part.slot}=null)" if slots.count(part.slot) == 1 else ""
             if objective not in part.objectives:
                 raise CompositionError(
-                    f"{part.name} does not work for {objective}: it is made for {quoted(part.objectives)}; leave it out."
+                    f"{part.name} does not work for {objective}: it is made for {quoted(part.objectives)}; leave it "
+                    f"out{by_hand}."
                 )
+            part.check_objective(objective)
             if (part.needs_head or part.slot == "head") and not gives_features:
                 raise CompositionError(
                     f"{part.name} needs a model that gives features, and this one gives logits itself: take 'mlp' or a "
-                    f"pretrained model, or leave {part.slot} out."
+                    f"pretrained model, or leave {part.slot} out{by_hand}."
                 )
         if self.training.head_lr is not None and not gives_features:
             raise CompositionError(
-                "training.head_lr is the rate of a head of ours, and this model gives logits itself: leave it out."
+                "training.head_lr is the rate of a head of ours, and this model gives logits itself: leave it out (--set "
+                "training.head_lr=null)."
             )
         if self.backbone == "frozen" and not gives_features:
             raise CompositionError(

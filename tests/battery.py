@@ -44,9 +44,9 @@ def tiny_stream(scenario: str = "class", experiences: int = 3, seed: int = 0) ->
     return Stream.from_experiences(found, name=stream.name, scenario=stream.scenario)
 
 
-def learner_for(strategy: str | Strategy, **options: Any) -> Learner:
+def learner_for(strategy: str | Strategy, *, model: Any = MODEL, **options: Any) -> Learner:
     chosen = small(strategy) if isinstance(strategy, str) else strategy
-    return Learner(MODEL, chosen, **{"seed": 3, "device": "cpu", "progress": False, **options})
+    return Learner(model, chosen, **{"seed": 3, "device": "cpu", "progress": False, **options})
 
 
 def weights(learner: Learner) -> dict[str, torch.Tensor]:
@@ -71,9 +71,11 @@ class CutOff(Exception):  # noqa: N818
     """Stands for a kill."""
 
 
-def run_with_cuts(strategy: str, stream: Stream, folder: Path, cuts: list[int], save_every: int = 3) -> Learner:
+def run_with_cuts(
+    strategy: str, stream: Stream, folder: Path, cuts: list[int], save_every: int = 3, model: Any = MODEL
+) -> Learner:
     """Run to the end, thrown away at the given numbers of checkpoints and begun again from what lies on the disk."""
-    learner = learner_for(strategy, folder=folder, save_every=save_every)
+    learner = learner_for(strategy, model=model, folder=folder, save_every=save_every)
     pending = list(cuts)
     while True:
         if pending:
@@ -83,7 +85,7 @@ def run_with_cuts(strategy: str, stream: Stream, folder: Path, cuts: list[int], 
             return learner
         except CutOff:
             if not folder.exists():
-                learner = learner_for(strategy, folder=folder, save_every=save_every)
+                learner = learner_for(strategy, model=model, folder=folder, save_every=save_every)
                 continue
             load_state(folder)
             learner = Learner.load(folder, folder=folder, save_every=save_every, device="cpu", progress=False)

@@ -10,10 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from continual.errors import TrainingError
+from continual.models.build import base_on_disk
+from continual.strategy import Strategy
+from continual.streams.spec import read_stream_spec
+from continual.streams.stream import Stream
 
 
 def run(stream: Any, strategy: Any, *, seed: int, out: Path, resume: bool, strategy_name: str, **given: Any) -> None:
-    """Write what it was called with, then end as the strategy's name says; a cell that goes on ends well."""
+    """Write what it was called with, then end as the strategy's name says; a cell that goes on ends well.
+
+    A strategy whose name begins with ``traced`` leaves a result that says which rows, base and settings it was made on.
+    """
     name = str(stream["name"]) if isinstance(stream, dict) else Path(str(stream)).stem
     called = {"stream": stream, "strategy": strategy, "seed": seed, "resume": resume}
     called |= {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
@@ -31,7 +38,15 @@ def run(stream: Any, strategy: Any, *, seed: int, out: Path, resume: bool, strat
         if strategy_name == "interrupts":
             os.kill(os.getppid(), signal.SIGINT)
             time.sleep(60)
-    (out / "result.json").write_text(json.dumps(_result(name, strategy_name, seed)), encoding="utf-8")
+    result = _result(name, strategy_name, seed)
+    if strategy_name.startswith("traced"):
+        spec, _ = read_stream_spec(stream)
+        loaded = Stream.load(stream, data=given["data"], seed=seed)
+        result["provenance"]["stream_fingerprint"] = loaded.fingerprint()
+        result["provenance"]["base_model_sha256"] = base_on_disk(given["model"] or spec.model or "mlp")
+        chosen = Strategy.load(strategy, overrides=given["overrides"])
+        result["provenance"] |= {"settings": chosen.to_dict(), "strategy_fingerprint": chosen.fingerprint()}
+    (out / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 def _result(stream: str, strategy: str, seed: int) -> dict[str, Any]:

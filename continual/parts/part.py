@@ -157,6 +157,9 @@ class Part:
         """Whether it trains the backbone in the first experience only, and holds it frozen from then on."""
         return False
 
+    def check_objective(self, objective: Objective) -> None:
+        """Raise :class:`CompositionError` where its settings cannot work for one of ``objectives``; no data is there yet."""
+
     def attach(self, context: Context) -> None:
         """Called once, before any other hook and again after loading; the part keeps ``context``."""
         self.context = context

@@ -2,7 +2,8 @@
 
 With several seeds the interval is Student's t over seeds (95 %, two-sided, each seed one observation). With one seed it
 is the paired bootstrap over test rows that the run itself recorded, and says so (``over == "rows"``): it does not hold
-what another seed would change.
+what another seed would change. Student's t knows no limits: where it leaves the range that a figure can have, the
+interval is cut there.
 
 Letters: G seeds, U updates (rows of the matrix), S experiences (columns).
 """
@@ -10,9 +11,9 @@ Letters: G seeds, U updates (rows of the matrix), S experiences (columns).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,8 @@ from numpy.typing import NDArray
 from continual.errors import StateError, quoted
 from continual.monitor.metrics import defined, intransigence
 from continual.monitor.statistics import seed_interval
-from continual.report.load import Result
+from continual.report.load import SHARES, Result
+from continual.report.variants import variants
 
 METRICS = (
     "accuracy",
@@ -32,6 +34,7 @@ METRICS = (
     "negative_flips",
     "intransigence",
 )
+_SCORES = ("accuracy", "learning_accuracy")
 COSTS = (
     "train_seconds",
     "monitor_seconds",
@@ -40,6 +43,10 @@ COSTS = (
     "peak_memory_bytes",
     "trainable_parameters",
 )
+ANYTHING = (-math.inf, math.inf)
+SHARE, CHANGE = (0.0, 1.0), (-1.0, 1.0)
+LIMITS = {"retention": (0.0, math.inf), "negative_flips": SHARE}
+"""What a metric can be, whatever the score is; beside these a share is within ``SHARE`` and its changes in ``CHANGE``."""
 Matrix = tuple[tuple[float | None, ...], ...]
 
 
@@ -97,13 +104,14 @@ class StrategySummary:
 
     @property
     def bound(self) -> bool:
-        """An upper bound that sees all rows again (joint, cumulative), not a competitor."""
-        return self.joint or bool({"joint", "cumulative"} & set(self.strategy.lower().split("-")))
+        """An upper bound that sees all rows again (``data: joint`` or ``cumulative``), not a competitor."""
+        return self.joint or (self.runs[0].provenance.settings or {}).get("data") in ("joint", "cumulative")
 
     @property
     def naive(self) -> bool:
-        """Plain training with nothing against forgetting."""
-        return "naive" in self.strategy.lower().split("-")
+        """Plain training with nothing against forgetting, as far as the settings of its runs say so."""
+        settings = self.runs[0].provenance.settings
+        return settings is not None and not self.bound and plain_training(settings, self.runs[0].scenario)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -136,11 +144,30 @@ class StreamSummary:
     @property
     def percent(self) -> bool:
         """Whether the score is a share, shown in per cent."""
-        return self.score in ("accuracy", "exact match")
+        return self.score in SHARES
 
     @property
     def seeds(self) -> tuple[int, ...]:
         return tuple(sorted({seed for strategy in self.strategies for seed in strategy.seeds}))
+
+
+def plain_training(settings: Mapping[str, Any], scenario: str) -> bool:
+    """Whether a strategy trains on what arrives and does nothing else: no part but an adapter and a linear head.
+
+    An adapter that is held after the first experience, a frozen backbone, a head without gradients and a competition that
+    leaves earlier classes alone all work against forgetting.
+    """
+    parts = {key for key, value in settings.items() if isinstance(value, dict | list) and key != "training"}
+    adapter, head = settings.get("adapter") or {}, settings.get("head") or {}
+    active = (settings.get("training") or {}).get("active")
+    return (
+        parts <= {"adapter", "head"}
+        and adapter.get("kind") in (None, "lora", "adalora")
+        and adapter.get("across_tasks") != "first"
+        and head.get("kind") in (None, "linear")
+        and settings.get("backbone") != "frozen"
+        and (scenario == "task" or active in (None, "seen", "all"))
+    )
 
 
 def aggregate(results: Iterable[Result]) -> list[StreamSummary]:
@@ -155,8 +182,24 @@ def aggregate(results: Iterable[Result]) -> list[StreamSummary]:
     return [_stream(name, runs) for name, runs in streams.items()]
 
 
-def estimate(values: Sequence[float], rows: Sequence[float | None] | None = None) -> Estimate | None:
-    """Mean and 95 % interval of one value for each seed; ``rows`` is the bootstrap interval that one seed shows."""
+def limits(metric: str, share: bool) -> tuple[float, float]:
+    """The least and the most that a metric can be, where the score is a share and where it is not."""
+    if metric in LIMITS or not share:
+        return LIMITS.get(metric, ANYTHING)
+    return SHARE if metric in _SCORES else CHANGE
+
+
+def estimate(
+    values: Sequence[float],
+    rows: Sequence[float | None] | None = None,
+    within: tuple[float, float] = ANYTHING,
+) -> Estimate | None:
+    """Mean and 95 % interval of one value for each seed.
+
+    Args:
+        rows: the bootstrap interval that one seed shows.
+        within: the least and the most that the figure can be; the interval over seeds is cut there.
+    """
     if not values:
         return None
     if len(values) == 1:
@@ -164,6 +207,8 @@ def estimate(values: Sequence[float], rows: Sequence[float | None] | None = None
         known = low is not None and high is not None
         return Estimate(values[0], None, low, high, "rows" if known else None, 1)
     _, low, high = seed_interval(values)
+    assert low is not None and high is not None, "two values have an interval"
+    low, high = max(low, within[0]), min(high, within[1])
     return Estimate(float(np.mean(values)), float(np.std(values, ddof=1)), low, high, "seeds", len(values))
 
 
@@ -171,7 +216,8 @@ def difference(one: StrategySummary, other: StrategySummary, metric: str = "accu
     """``one`` minus ``other``, paired by seed; None where they share no seed."""
     others = {run.seed: getattr(run.metrics, metric) for run in other.runs}
     pairs = [(getattr(run.metrics, metric), others.get(run.seed)) for run in one.runs]
-    return estimate([left - right for left, right in pairs if left is not None and right is not None])
+    found = [left - right for left, right in pairs if left is not None and right is not None]
+    return estimate(found, within=CHANGE if one.runs[0].share and metric in _SCORES else ANYTHING)
 
 
 def _stream(name: str, runs: list[Result]) -> StreamSummary:
@@ -182,11 +228,9 @@ def _stream(name: str, runs: list[Result]) -> StreamSummary:
     columns = sorted({len(run.experiences) for run in runs})
     if len(columns) > 1:
         raise StateError(f"the runs of '{name}' have different numbers of experiences ({columns}): report them apart.")
+    runs, mixed = _told_apart(runs)
     runs = _with_intransigence(runs)
-    by_strategy: dict[str, list[Result]] = {}
-    for run in runs:
-        by_strategy.setdefault(run.strategy, []).append(run)
-    strategies = [_strategy(group) for group in by_strategy.values()]
+    strategies = [_strategy(group) for group in _by_strategy(runs).values()]
     strategies.sort(key=lambda one: (-_accuracy(one), one.strategy))
     names = {tuple(run.experiences) for run in runs}
     numbered = tuple(str(place + 1) for place in range(columns[0]))
@@ -199,8 +243,26 @@ def _stream(name: str, runs: list[Result]) -> StreamSummary:
         score=first.score,
         experiences=names.pop() if len(names) == 1 else numbered,
         strategies=tuple(strategies),
-        warnings=tuple(_warnings(runs, strategies)),
+        warnings=(*mixed, *_warnings(runs, strategies)),
     )
+
+
+def _by_strategy(runs: Iterable[Result]) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for run in runs:
+        found.setdefault(run.strategy, []).append(run)
+    return found
+
+
+def _told_apart(runs: list[Result]) -> tuple[list[Result], list[str]]:
+    """The runs, where they share a strategy's name and were not made alike under names of their own; sentences on that."""
+    found, sentences = [], []
+    for name, group in _by_strategy(runs).items():
+        kinds, keys = variants(group)
+        found += [run.model_copy(update={"strategy": label}) for label, alike in kinds.items() for run in alike]
+        if keys:
+            sentences.append(f"Runs of '{name}' differ in {quoted(keys)}: each kind stands in a row of its own.")
+    return found, sentences
 
 
 def _strategy(runs: list[Result]) -> StrategySummary:
@@ -213,7 +275,8 @@ def _strategy(runs: list[Result]) -> StrategySummary:
     metrics: dict[str, Estimate | None] = {}
     for name in METRICS:
         values = [value for run in runs if (value := getattr(run.metrics, name)) is not None]
-        metrics[name] = estimate(values, runs[0].intervals.get(name) if len(runs) == 1 else None)
+        rows = runs[0].intervals.get(name) if len(runs) == 1 else None
+        metrics[name] = estimate(values, rows, limits(name, runs[0].share))
     shape = (len(runs), len(runs[0].matrix), len(runs[0].experiences))
     matrices_GUS = np.array([run.matrix for run in runs], dtype=np.float64).reshape(shape)
     return StrategySummary(
@@ -224,7 +287,7 @@ def _strategy(runs: list[Result]) -> StrategySummary:
         runs=tuple(runs),
         metrics=metrics,
         matrix=tuple(tuple(_mean(column) for column in row) for row in matrices_GUS.transpose(1, 2, 0).tolist()),
-        curve=() if runs[0].joint else _curve(matrices_GUS),
+        curve=() if runs[0].joint else _curve(matrices_GUS, limits("accuracy", runs[0].share)),
         cost={name: _mean([getattr(run.cost, name) for run in runs]) for name in COSTS},
         state_bytes=_part_bytes(runs),
         notes=tuple(dict.fromkeys(note for run in runs for note in run.notes)),
@@ -232,12 +295,12 @@ def _strategy(runs: list[Result]) -> StrategySummary:
     )
 
 
-def _curve(matrices_GUS: NDArray[np.float64]) -> tuple[Estimate | None, ...]:
+def _curve(matrices_GUS: NDArray[np.float64], within: tuple[float, float]) -> tuple[Estimate | None, ...]:
     """Mean over the experiences met after each update; with one seed no interval, since only the last row has one."""
     points = []
     for update in range(matrices_GUS.shape[1]):
         means_G = matrices_GUS[:, update, : update + 1].mean(1)
-        points.append(None if np.isnan(means_G).any() else estimate(means_G.tolist()))
+        points.append(None if np.isnan(means_G).any() else estimate(means_G.tolist(), within=within))
     return tuple(points)
 
 
@@ -292,6 +355,13 @@ def _accuracy(summary: StrategySummary) -> float:
     return found.mean if found else -math.inf
 
 
+def _fixed(runs: list[Result], prints: dict[int, set[str]]) -> bool:
+    """Whether every seed has the same split: the runs say so, or two seeds had the same rows and none says otherwise."""
+    said = {run.provenance.stream_per_seed for run in runs}
+    known = [found for seed in prints for found in prints[seed]]
+    return True not in said and (False in said or len(known) > len(set(known)))
+
+
 def _warnings(runs: list[Result], strategies: list[StrategySummary]) -> list[str]:
     sentences = []
     prints: dict[int, set[str]] = {}
@@ -302,6 +372,11 @@ def _warnings(runs: list[Result], strategies: list[StrategySummary]) -> list[str
         sentences.append(
             f"Runs of the same seed ({', '.join(map(str, mixed))}) were made on different data (their stream "
             "fingerprints differ): their figures cannot be compared."
+        )
+    elif _fixed(runs, prints) and len({one for found in prints.values() for one in found}) > 1:
+        sentences.append(
+            "Runs were made on different data (their stream fingerprints differ, and the split does not depend on the "
+            "seed): their figures cannot be compared."
         )
     if len({strategy.seeds for strategy in strategies}) > 1:
         counts = ", ".join(f"{one.strategy}: {' '.join(map(str, one.seeds))}" for one in strategies)

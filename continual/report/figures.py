@@ -270,9 +270,10 @@ def _update_axis(axes: Any, updates: int) -> None:
 
 
 def _label(axes: Any, x: float, y: float, place: float, name: str, colour: str, updates: int) -> None:
-    start, end = x + 0.03 * updates, x + 0.09 * updates
+    width = updates - 1 + 0.08 * updates
+    start, end = x + 0.034 * width, x + 0.102 * width
     axes.plot([start, end], [y, place], color=colour, linewidth=0.6, alpha=0.6, clip_on=False)
-    axes.text(x + 0.11 * updates, place, name, color=colour, va="center_baseline", clip_on=False)
+    axes.text(x + 0.125 * width, place, name, color=colour, va="center_baseline", clip_on=False)
 
 
 def _cost_axis(axes: Any, values: Sequence[float], form: Any) -> None:

@@ -17,6 +17,8 @@ from continual.errors import StateError
 RESULT = "result.json"
 ERROR = "error.txt"
 CELL = "cell.json"
+SHARES = ("accuracy", "exact match")
+"""Scores that are shares of rows."""
 
 Cell = float | None
 Interval = Annotated[list[Cell], Len(2, 2)]
@@ -54,7 +56,7 @@ class Cost(_Read):
 
 
 class Provenance(_Read):
-    """Where a run comes from."""
+    """Where a run comes from; ``stream_per_seed`` says whether the seed changes the stream, None where that is not known."""
 
     commit: str | None
     versions: dict[str, str]
@@ -65,6 +67,9 @@ class Provenance(_Read):
     strategy_fingerprint: str | None
     base_model_sha256: str | None
     command: str | list[str] | None = None
+    model: dict[str, Any] | None = None
+    settings: dict[str, Any] | None = None
+    stream_per_seed: bool | None = None
 
 
 class Probe(_Read):
@@ -114,6 +119,11 @@ class Result(_Read):
     def joint(self) -> bool:
         """Trained once on everything: one row for several experiences."""
         return len(self.matrix) == 1 and len(self.experiences) > 1
+
+    @property
+    def share(self) -> bool:
+        """Whether its score is a share of rows, from 0 to 1."""
+        return self.score in SHARES
 
     @property
     def key(self) -> tuple[str, str, int]:

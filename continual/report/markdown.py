@@ -26,7 +26,7 @@ def markdown_table(results: Sequence[Result]) -> str:
     blocks = []
     for stream in aggregate(results):
         scale = Scale.of(stream)
-        heads = ["strategy", "seeds", *SHOWN.values(), "train s", "state"]
+        heads = ["strategy", "seeds", *(_head(scale, metric) for metric in SHOWN), "train s", "state"]
         rows = [
             [
                 one.strategy,
@@ -77,6 +77,12 @@ def csv_table(results: Sequence[Result]) -> str:
         row += [origin.stream_fingerprint, origin.strategy_fingerprint, origin.base_model_sha256]
         writer.writerow(row)
     return buffer.getvalue()
+
+
+def _head(scale: Scale, metric: str) -> str:
+    """The line above a table gives the unit of its scores; a share among scores of another kind has its own."""
+    name = scale.title.lower() if metric == "accuracy" else SHOWN[metric]
+    return name if scale.percent or scale.column_unit(metric) != "%" else f"{name} %"
 
 
 def _cell(scale: Scale, found: Estimate | None, metric: str) -> str:

@@ -10,6 +10,10 @@ NONE = "–"
 MINUS = "−"
 SHARES = ("retention", "negative_flips")
 """Metrics that are shares, whatever the score is."""
+CHANGES = ("bwt", "forgetting", "fwt", "intransigence")
+"""Metrics that are differences of scores: of shares in points."""
+UNITS = {"log-likelihood per token": "nats", "negative squared error": "error²"}
+"""Units of the scores that are no shares."""
 
 
 @dataclass(frozen=True)
@@ -17,10 +21,11 @@ class Scale:
     """The unit of a score: per cent for shares of rows (accuracy), three decimals for anything else."""
 
     percent: bool
+    score: str = ""
 
     @classmethod
     def of(cls, stream: StreamSummary) -> Scale:
-        return cls(stream.percent)
+        return cls(stream.percent, stream.score)
 
     @property
     def factor(self) -> float:
@@ -44,6 +49,17 @@ class Scale:
     @property
     def unit(self) -> str:
         return " %" if self.percent else ""
+
+    @property
+    def title(self) -> str:
+        """What the column of final scores is called."""
+        return self.score.capitalize() if self.percent else "Final score"
+
+    def column_unit(self, metric: str) -> str:
+        """The unit that stands over a column: ``%``, ``points``, or that of the score."""
+        if metric in SHARES or (self.percent and metric not in CHANGES):
+            return "%"
+        return "points" if self.percent else UNITS.get(self.score, self.score)
 
 
 def seconds(value: float | None) -> str:

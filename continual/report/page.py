@@ -22,7 +22,7 @@ from continual.state import write_text
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the table of strategies; ``signed`` figures carry a plus."""
+    """One column of the table of strategies; ``signed`` figures carry a plus. The final score is called by its name."""
 
     metric: str
     title: str
@@ -31,7 +31,7 @@ class Column:
 
 
 COLUMNS = (
-    Column("accuracy", "Accuracy", "Mean score over all experiences after the last update."),
+    Column("accuracy", "", "Mean score over all experiences after the last update."),
     Column("learning_accuracy", "Learning", "Mean score of each experience right after its own update (the diagonal)."),
     Column("bwt", "BWT", "Backward transfer: mean change of the earlier experiences since their own update.", True),
     Column("forgetting", "Forgetting", "Mean drop of each experience from the best it ever had. Biased upwards."),
@@ -89,7 +89,6 @@ def render_page(results: Sequence[Result], title: str, *, summary: str = "", fai
         runs=ordered,
         failures=sorted(failures, key=lambda one: (one.stream, one.strategy, one.seed)),
         provenance=_provenance(ordered),
-        forgetting_note=FORGETTING_NOTE,
         started=_span(ordered),
     )
     return text.rstrip() + "\n"
@@ -124,7 +123,8 @@ def _stream(place: int, stream: StreamSummary) -> dict[str, Any]:
         "headline": headline(stream),
         "findings": findings(stream),
         "warnings": stream.warnings,
-        "columns": columns,
+        "columns": [(column, column.title or scale.title, scale.column_unit(column.metric)) for column in columns],
+        "forgetting_note": FORGETTING_NOTE if scale.percent else "",
         "rows": [_row(one, columns, scale, one is best) for one in stream.strategies],
         "over_rows": any(found and found.over == "rows" for one in stream.strategies for found in one.metrics.values()),
         "low": scale.text(low),
@@ -134,7 +134,11 @@ def _stream(place: int, stream: StreamSummary) -> dict[str, Any]:
             for name, svg in drawn.items()
         },
         "matrices": [
-            Markup(inline(figures.matrix_figure(stream, one), f"s{place}-m{at}", f"accuracy matrix of {one.strategy}"))
+            Markup(
+                inline(
+                    figures.matrix_figure(stream, one), f"s{place}-m{at}", f"{stream.score} matrix of {one.strategy}"
+                )
+            )
             for at, one in enumerate(stream.strategies)
             if one.matrix
         ],

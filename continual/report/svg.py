@@ -119,5 +119,8 @@ def _mean(values: list[float]) -> float:
 
 
 def shorten(name: str, limit: int = 22) -> str:
-    """A name of at most ``limit`` characters."""
-    return name if len(name) <= limit else name[: limit - 1].rstrip("-_ ") + "…"
+    """A name of at most ``limit`` characters, cut in the middle, since long names tell their difference at the end."""
+    if len(name) <= limit:
+        return name
+    head = (limit - 1) // 2
+    return f"{name[:head].rstrip('-_ ')}…{name[head + 1 - limit :]}"

@@ -2,22 +2,23 @@
 
 A cell that is finished is never run twice, one that was cut off goes on, one that fails says why and stops no other,
 and a process that the system kills costs its own cell only. ``cell.json`` in a cell's folder holds what was asked for;
-when the study asks for something else there, the old run is moved aside, not overwritten.
+when the study asks for something else there, or the data or the base model have changed since, the old run is moved
+aside, not overwritten.
 
 Processes are spawned, so a script of your own that calls :func:`run_study` needs ``if __name__ == "__main__":``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,10 +26,11 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from continual import provenance
-from continual.errors import StateError
+from continual.errors import ContinualError, StateError
 from continual.learner.core import resolve_device
 from continual.report.load import CELL, ERROR, RESULT, Failure, load_result
 from continual.state import write_text
+from continual.study.known import BEGUN, Sources, digest, recorded_settings, same_settings
 from continual.study.spec import Cell, Study
 from continual.study.worker import TRACEBACK, Worker, message_of
 
@@ -41,7 +43,7 @@ class CellOutcome:
 
     Attributes:
         status: ``skipped`` was finished before.
-        message: why it failed, one sentence; empty otherwise.
+        message: one sentence: why it failed, why it was run again, or why it could not be compared; mostly empty.
         seconds: that it took this time.
     """
 
@@ -106,67 +108,69 @@ def _run(
     started = provenance.now()
     outcomes: dict[str, CellOutcome] = {}
     jobs: deque[tuple[Cell, dict[str, Any]]] = deque()
+    notes: dict[str, str] = {}
+    sources = Sources()
     for cell in cells:
         folder = study.data_folder(cell, data)
-        asked = {
-            **cell.settings,
-            "seed": cell.seed,
-            "device": device,
-            "data": str(folder.resolve()) if folder else None,
-        }
         try:
-            job = _prepare(cell, out / cell.label, asked)
+            job, note = _prepare(cell, out / cell.label, folder, sources)
         except StateError as error:
             outcomes[cell.label] = CellOutcome(cell, "failed", str(error))
             continue
         if job is None:
-            outcomes[cell.label] = CellOutcome(cell, "skipped")
+            outcomes[cell.label] = CellOutcome(cell, "skipped", note)
             continue
+        notes[cell.label] = note
         jobs.append((cell, {**job, "runner": runner, "data": folder, "device": device}))
     with tqdm(
         total=len(cells), initial=len(outcomes), unit="cell", disable=None if progress is None else not progress
     ) as bar:
-        _work_off(jobs, outcomes, workers, bar)
+        _work_off(jobs, outcomes, notes, workers, bar)
     ordered = [outcomes[cell.label] for cell in cells]
     _write_reports(study, out, ordered, started, device)
     return ordered
 
 
-def _prepare(cell: Cell, folder: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the worker needs to know, or None where the cell is finished."""
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
-    known = folder / CELL
-    if known.is_file():
-        try:
-            before = str(json.loads(known.read_text(encoding="utf-8"))["sha256"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StateError(
-                f"'{known}' is damaged ({error}): move that folder away and call the study again."
-            ) from error
-        if before != digest:
-            _move_aside(folder, before)
+def _prepare(cell: Cell, folder: Path, data: Path | None, sources: Sources) -> tuple[dict[str, Any] | None, str]:
+    """What the worker needs to know, or None where the cell is finished; and what is to be said of it."""
+    asked = {**cell.settings, "seed": cell.seed}
+    note, before = "", recorded_settings(folder)
+    if before is not None:
+        changed = "its settings have" if not same_settings(before, asked, folder) else ""
+        if not changed:
+            try:
+                changed = sources.changed(cell, data, folder)
+            except ContinualError as error:
+                note = f"it could not be compared with what is there now: {error}"
+        if changed:
+            aside = _move_aside(folder, digest(before))
+            note = f"{changed} changed since it was run: what it was is in '{aside}'."
         elif (folder / RESULT).is_file():
             load_result(folder)
-            return None
+            return None, note
     elif folder.is_dir() and any(folder.iterdir()):
         raise StateError(f"'{folder}' holds files that no study wrote: move them away, or name another out folder.")
-    content = {"stream": cell.stream, "strategy": cell.strategy, "seed": cell.seed, "sha256": digest, "settings": asked}
-    write_text(known, json.dumps(content, indent=1, sort_keys=True, default=str) + "\n")
+    content = {"stream": cell.stream, "strategy": cell.strategy, "seed": cell.seed, "settings": asked}
+    content["sha256"] = digest(asked)
+    write_text(folder / CELL, json.dumps(content, indent=1, sort_keys=True, default=str) + "\n")
     for name in (ERROR, TRACEBACK):
         (folder / name).unlink(missing_ok=True)
-    return {"cell": cell, "folder": folder, "resume": (folder / "run.json").is_file()}
+    return {"cell": cell, "folder": folder, "resume": (folder / BEGUN).is_file()}, note
 
 
-def _move_aside(folder: Path, digest: str) -> None:
-    for attempt in range(10_000):
-        aside = folder.parent / f".{folder.name}.{digest[:8]}.{attempt}.replaced"
-        if not aside.exists():
-            os.rename(folder, aside)
-            return
+def _move_aside(folder: Path, digest: str) -> Path:
+    places = (folder.parent / f".{folder.name}.{digest[:8]}.{attempt}.replaced" for attempt in count())
+    aside = next(place for place in places if not place.exists())
+    os.rename(folder, aside)
+    return aside
 
 
 def _work_off(
-    jobs: deque[tuple[Cell, dict[str, Any]]], outcomes: dict[str, CellOutcome], workers: int, bar: tqdm[Any]
+    jobs: deque[tuple[Cell, dict[str, Any]]],
+    outcomes: dict[str, CellOutcome],
+    notes: dict[str, str],
+    workers: int,
+    bar: tqdm[Any],
 ) -> None:
     running: dict[Future[str], tuple[Worker, Cell, Path, float]] = {}
     try:
@@ -180,7 +184,8 @@ def _work_off(
                 worker.close()
                 message = message_of(future, folder)
                 status: Literal["done", "failed"] = "failed" if message else "done"
-                outcomes[cell.label] = CellOutcome(cell, status, message, time.monotonic() - began)
+                said = message or notes[cell.label]
+                outcomes[cell.label] = CellOutcome(cell, status, said, time.monotonic() - began)
                 bar.update()
                 bar.set_postfix_str(f"{cell.label} {status}")
     finally:

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, NonNegativeInt, model_validator
 
 from continual.errors import ContinualError, SpecError, unknown
 from continual.library import find_spec
+from continual.models.build import gives_features
 from continual.spec import Spec, parse, read_yaml
 from continual.strategy import Strategy
 from continual.streams.spec import read_stream_spec
@@ -162,7 +163,8 @@ class Study:
         name: the title of its page.
 
     Raises:
-        SpecError: an unknown stream, strategy, key or value, or two cells of the same name.
+        SpecError: an unknown stream, strategy, key or value, a strategy that cannot work on its stream or model, or two
+            cells of the same name.
     """
 
     def __init__(self, spec: StudySpec, folder: Path = Path(), name: str = "study") -> None:
@@ -239,8 +241,11 @@ class Study:
         overrides = {**{f"training.{key}": value for key, value in group.training.items()}, **group.set, **choice.set}
         try:
             strategy = Strategy.load(source, overrides=overrides)
+            model, objective = group.model or stream_settings["model"] or "mlp", stream_settings["objective"]
+            strategy.check(objective=objective, gives_features=gives_features(model, objective))
         except ContinualError as error:
-            raise SpecError(f"study '{self.name}', strategy '{choice.label}': {error}") from error
+            where = f"study '{self.name}', strategy '{choice.label}' on stream '{stream}'"
+            raise SpecError(f"{where}: {error}") from error
         settings = {"stream": stream_settings, "strategy": strategy.fingerprint(), "model": group.model}
         return Cell(
             stream=stream,

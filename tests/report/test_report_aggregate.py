@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report_runs import content, settings
 
 from continual.errors import StateError
 from continual.report import load_results
@@ -39,6 +40,30 @@ def test_no_interval_is_invented() -> None:
     assert estimate([]) is None
     found = estimate([0.5], [None, None])
     assert found is not None and found.over is None and found.low is None
+
+
+def test_intervals_of_shares_stay_within_what_a_share_can_be(make: Any, tmp_path: Path) -> None:
+    for seed, level in enumerate((1.0, 0.9)):
+        make("a", seed, [[level, None], [level, level]])
+        make("b", seed, [[1.0, None], [0.8 * seed, 1.0]])
+        flips = {**content("a", seed, [[level, None], [level, level]])["metrics"], "negative_flips": 0.1 * seed}
+        plain = {"stream": "prices", "objective": "regression", "score": "negative squared error", "metrics": flips}
+        make("a", seed, [[level, None], [level, level]], **plain)
+    digits, prices = aggregate(load_results([tmp_path]))
+    a, b = digits.strategies
+    whole = estimate([1.0, 0.9])
+    assert whole is not None and whole.high is not None and whole.high > 1.5 and whole.low is not None and whole.low > 0
+    for found in (a.metrics["accuracy"], a.metrics["learning_accuracy"], *a.curve):
+        assert found is not None and (found.low, found.high) == (pytest.approx(whole.low), 1.0)
+    bwt, forgetting, retention = (b.metrics[name] for name in ("bwt", "forgetting", "retention"))
+    assert bwt is not None and (bwt.low, bwt.high) == (-1.0, 1.0)
+    assert forgetting is not None and (forgetting.low, forgetting.high) == (-1.0, 1.0)
+    assert retention is not None and retention.low == 0.0 and retention.high is not None and retention.high > 1
+    lead = difference(a, b)
+    assert lead is not None and (lead.low, lead.high) == (-1.0, 1.0)
+    error, turned = (prices.strategies[0].metrics[name] for name in ("accuracy", "negative_flips"))
+    assert error is not None and error.high is not None and error.high > 1
+    assert turned is not None and turned.low == 0.0 and turned.mean == pytest.approx(0.05)
 
 
 def test_strategies_stand_by_accuracy_and_matrices_are_means(make: Any, tmp_path: Path) -> None:
@@ -87,6 +112,105 @@ def test_runs_on_other_data_are_told(make: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("per_seed", "prints", "told"),
+    [
+        ((False, False), "aab", True),  # the split is the same for every seed, so the rows changed
+        ((None, False), "aab", True),
+        ((None, None), "aab", True),  # two seeds with the same rows: the split does not depend on the seed
+        ((None, None), "abc", False),
+        ((True, True), "abc", False),
+        ((True, True), "aab", False),  # two seeds may draw the same split
+        ((False, False), "aaa", False),
+    ],
+)
+def test_rows_that_changed_between_seeds_are_told(
+    make: Any, tmp_path: Path, per_seed: tuple[bool | None, ...], prints: str, told: bool
+) -> None:
+    for seed, letter in enumerate(prints):
+        origin = {**content("a", seed)["provenance"], "stream_fingerprint": letter * 64}
+        if (known := per_seed[min(seed, 1)]) is not None:
+            origin["stream_per_seed"] = known
+        make("a", seed, provenance=origin)
+    warnings = aggregate(load_results([tmp_path]))[0].warnings
+    assert len(warnings) == told and all("the split does not depend on the seed" in sentence for sentence in warnings)
+
+
+def _made(fingerprint: str, **changes: Any) -> dict[str, Any]:
+    """Provenance of a run of seed 1 whose settings, model or base are not those of the others."""
+    whole = content(seed=1)["provenance"]
+    training = whole["settings"]["training"] | changes.pop("training", {})
+    made = whole["settings"] | {"training": training} | changes.pop("settings", {})
+    return {**whole, "strategy_fingerprint": fingerprint * 64, "settings": made, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "names", "differing"),
+    [
+        (_made("6", training={"epochs": 1}), ["training.epochs=8", "training.epochs=1"], "'training.epochs'"),
+        (_made("6", settings={"replay": {"kind": "rehearsal", "select": "class-balanced"}}),
+         ["replay.select=reservoir", "replay.select=class-balanced"], "'replay.select'"),
+        (_made("6", settings={"replay": None, "penalty": {"kind": "ewc"}}),
+         ["replay=rehearsal, penalty=null", "replay=null, penalty=ewc"], "'replay', 'penalty'"),
+        (_made("5", model={"kind": "mlp", "hidden": [32]}), ["model.hidden=[16]", "model.hidden=[32]"], "'model.hidden'"),
+        (_made("5", base_model_sha256="ab" * 32),
+         ["base_model_sha256=null", "base_model_sha256=abababababab"], "'base_model_sha256'"),
+        ({**_made("6"), "settings": None},
+         ["strategy_fingerprint=555555555555", "strategy_fingerprint=666666666666"], "'strategy_fingerprint'"),
+    ],
+)  # fmt: skip
+def test_runs_that_were_not_made_alike_stand_in_rows_of_their_own(
+    make: Any, tmp_path: Path, changes: dict[str, Any], names: list[str], differing: str
+) -> None:
+    make("er", 0), make("er", 1, [[0.9, None], [0.1, 0.2]], provenance=changes), make("joint", 0), make("joint", 1)
+    (stream,) = aggregate(load_results([tmp_path]))
+    rows = {one.strategy: one for one in stream.strategies}
+    assert set(rows) == {f"er ({name})" for name in names} | {"joint"}
+    assert rows[f"er ({names[0]})"].seeds == (0,) and rows[f"er ({names[1]})"].seeds == (1,)
+    assert stream.warnings[0] == f"Runs of 'er' differ in {differing}: each kind stands in a row of its own."
+
+
+def test_many_differences_are_counted_and_names_stay_apart(make: Any, tmp_path: Path) -> None:
+    for seed in range(3):
+        training = {"lr": 0.1, "epochs": 8, "batch_size": 8, "momentum": 0.5, "weight_decay": seed / 10}
+        if seed:
+            training |= {"lr": 0.2, "epochs": 1, "batch_size": 16}
+        made = {**_made(str(seed), training=training), "seed": seed}
+        make("er", seed, provenance=made)
+    names = {one.strategy for one in aggregate(load_results([tmp_path]))[0].strategies}
+    assert "er (training.lr=0.1, training.epochs=8, training.batch_size=8, 1 more)" in names
+    assert "er (training.lr=0.2, training.epochs=1, training.batch_size=16, training.weight_decay=0.1)" in names
+    assert "er (training.lr=0.2, training.epochs=1, training.batch_size=16, training.weight_decay=0.2)" in names
+
+
+def test_runs_that_differ_in_name_only_are_alike(make: Any, tmp_path: Path) -> None:
+    base, older = {"kind": "pretrained", "name": "a/base"}, _made("6", model=None)
+    older["settings"]["training"] = {**older["settings"]["training"], "warmup": 0.0}
+    older |= {"base_model_sha256": "ab" * 32, "model": {**base, "name": "/elsewhere/base"}}
+    make("er", 0, provenance=_made("5", base_model_sha256="ab" * 32, model=base) | {"seed": 0})
+    make("er", 1, provenance=older)
+    (stream,) = aggregate(load_results([tmp_path]))
+    assert [one.strategy for one in stream.strategies] == ["er"] and not stream.warnings
+
+
+def test_settings_that_name_code_are_compared_and_not_loaded(make: Any, tmp_path: Path) -> None:
+    for seed, kind in enumerate(("no_such_package:Part", "no_such_package:Other")):
+        make("er", seed, provenance={**_made(str(seed), settings={"replay": {"kind": kind}}), "seed": seed})
+    names = {one.strategy for one in aggregate(load_results([tmp_path]))[0].strategies}
+    assert names == {"er (replay.kind=no_such_package:Part)", "er (replay.kind=no_such_package:Other)"}
+
+
+def test_a_joint_run_counts_for_the_others_only_among_its_kind(make: Any, tmp_path: Path) -> None:
+    make("er", 0, [[0.9, None], [0.1, 0.7]]), make("er", 1, [[0.9, None], [0.1, 0.7]])
+    make("joint", 0, [[0.95, 0.85]])
+    weak = {**_made("6", training={"epochs": 1}), "seed": 1}
+    weak["settings"] = {**settings("joint"), "training": weak["settings"]["training"]}
+    make("joint", 1, [[0.5, 0.5]], provenance=weak)
+    (stream,) = aggregate(load_results([tmp_path]))
+    found = next(one for one in stream.strategies if one.strategy == "er").metrics["intransigence"]
+    assert found is not None and found.count == 1 and found.mean == pytest.approx((0.05 + 0.15) / 2)
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"score": "exact match"}, "differ in their score ('accuracy', 'exact match')"),
@@ -125,6 +249,65 @@ def test_the_headline_names_best_bound_and_floor(make: Any, tmp_path: Path) -> N
         "With nothing against forgetting, naive ends at 50.5 % and forgets 80.0 points of what it had learnt.",
         "The lead of rehearsal over naive is 30.0 points (95 % interval +30.0 to +30.0 over 3 shared seeds).",
     ]
+
+
+def _of(name: str, seed: int = 0, **changes: Any) -> dict[str, Any]:
+    return {**content(name, seed)["provenance"], "settings": {"data": "experience", "backbone": "train"} | changes}
+
+
+LORA = {"kind": "lora", "rank": 8, "across_tasks": "continue"}
+
+
+@pytest.mark.parametrize(
+    ("made", "bound", "naive"),
+    [
+        ({"data": "cumulative"}, True, False),
+        ({"data": "joint"}, True, False),
+        ({}, False, True),
+        ({"head": {"kind": "linear"}, "adapter": LORA}, False, True),
+        ({"adapter": {**LORA, "across_tasks": "first"}}, False, False),
+        ({"head": {"kind": "nearest-mean"}}, False, False),
+        ({"backbone": "frozen"}, False, False),
+        ({"replay": {"kind": "rehearsal"}}, False, False),
+        ({"penalty": [{"kind": "ewc"}, {"kind": "si"}]}, False, False),
+        ({"distillation": {"kind": "mine:Part"}}, False, False),
+        ({"adapter": {"kind": "mine:Part"}}, False, False),
+        ({"training": {"active": "asymmetric"}}, False, False),
+        ({"training": {"active": "seen"}}, False, True),
+    ],
+)
+@pytest.mark.parametrize("name", ["retrain-all", "naive-joint"])
+def test_settings_decide_what_is_a_bound_and_what_is_plain(
+    make: Any, tmp_path: Path, name: str, made: dict[str, Any], bound: bool, naive: bool
+) -> None:
+    make(name, 0, provenance=_of(name, **made))
+    (one,) = aggregate(load_results([tmp_path]))[0].strategies
+    assert (one.bound, one.naive) == (bound, naive)
+
+
+def test_in_the_task_scenario_the_classes_of_the_task_compete_plainly(make: Any, tmp_path: Path) -> None:
+    made = {"training": {"active": "experience"}}
+    (
+        make("a", 0, provenance=_of("a", **made)),
+        make("a", 0, stream="tasks", scenario="task", provenance=_of("a", **made)),
+    )
+    assert [one.strategies[0].naive for one in aggregate(load_results([tmp_path]))] == [False, True]
+
+
+def test_a_result_without_settings_claims_nothing_but_its_form(make: Any, tmp_path: Path) -> None:
+    make("naive", 0, provenance=_provenance("f" * 64)), make("cumulative", 0, provenance=_provenance("f" * 64))
+    make("all", 0, [[0.95, 0.85]], provenance=_provenance("f" * 64))
+    found = {one.strategy: (one.bound, one.naive) for one in aggregate(load_results([tmp_path]))[0].strategies}
+    assert found == {"naive": (False, False), "cumulative": (False, False), "all": (True, False)}
+
+
+def test_words_in_a_name_crown_nobody(make: Any, tmp_path: Path) -> None:
+    make("retrain-all", 0, [[0.9, None], [0.9, 0.9]], provenance=_of("retrain-all", data="cumulative"))
+    make("naive-replay", 0, [[0.9, None], [0.8, 0.8]], provenance=_of("naive-replay", replay={"kind": "rehearsal"}))
+    make("plain", 0, [[0.9, None], [0.1, 0.9]], provenance=_of("plain"))
+    (stream,) = aggregate(load_results([tmp_path]))
+    assert headline(stream).startswith("Best is naive-replay: 80.0 %")
+    assert findings(stream)[0].startswith("With nothing against forgetting, plain ends at 50.0 %")
 
 
 def test_a_lead_that_is_not_certain_says_so(make: Any, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import matplotlib
 import pytest
 
+from continual.errors import StateError
 from continual.report import (
     Failure,
     Result,
@@ -28,6 +29,7 @@ from continual.report import (
 )
 from continual.report.aggregate import aggregate
 from continual.report.figures import cost_figure, matrix_figure, progress_figure, retention_figure
+from continual.report.numbers import Scale
 
 
 class _Page(HTMLParser):
@@ -58,6 +60,19 @@ class _Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._cell:
             self.rows[-1][-1] += data.strip() + " "
+
+
+Table = dict[str, list[list[str]]]
+
+
+def _tables(text: str) -> tuple[dict[str, Table], dict[str, Table]]:
+    """What is known and what it costs, by stream and by the first word of a row: the words of each cell."""
+    tables: list[dict[str, Table]] = []
+    for label in ("strategies on", "costs on"):
+        found = re.findall(rf'aria-label="{label} (\w+)">\s*<table>(.*?)</table>', text, flags=re.DOTALL)
+        rows = {stream: [[cell.split() for cell in row] for row in _Page(body).rows] for stream, body in found}
+        tables.append({stream: {row[0][0]: row for row in inside} for stream, inside in rows.items()})
+    return tables[0], tables[1]
 
 
 @pytest.fixture(scope="module")
@@ -98,23 +113,79 @@ def test_the_same_runs_give_the_same_bytes_in_any_order(results: list[Result], t
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
+def test_a_place_that_cannot_be_written_is_said(results: list[Result], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for place in (tmp_path / "file" / "page.html", tmp_path / "file" / "in" / "page.html", tmp_path / "folder"):
+        with pytest.raises(StateError, match=re.escape(f"'{place}' could not be written")):
+            write_page(results[:1], place, "A study")
+    if Path("/proc").is_dir():
+        with pytest.raises(StateError, match=r"'/proc/x/page\.html' could not be written"):
+            write_page(results[:1], Path("/proc/x/page.html"), "A study")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
 def test_the_table_holds_the_figures(text: str) -> None:
-    rows = {row[0].split()[0]: [cell.split() for cell in row] for row in _Page(text).rows if len(row) == 12 and row[0]}
+    known, costs = _tables(text)
+    rows = known["digits"] | known["text"]
     # accuracies .80 and .81, so 80.5 with a t interval of 12.706 * .5 on either side
     assert rows["rehearsal"][1] == ["80.5", "74.1", "to", "86.9"]
     assert rows["rehearsal"][3] == ["−10.0", "−10.0", "to", "−10.0"]
     assert rows["naive"][4] == ["90.0", "90.0", "to", "90.0"]
     assert rows["joint"][2] == ["–"]
-    assert rows["rehearsal"][6:] == [
+    assert costs["digits"]["rehearsal"][1:] == [
         ["10.5"],
         ["0.50"],
         ["100"],
         ["300", "MB"],
-        ["12.3", "kB", "linear", "345", "B", "rehearsal", "12.0", "kB"],
         ["85.0", "k"],
+        ["12.3", "kB"],
+        ["linear", "345", "B", "·", "rehearsal", "12.0", "kB"],
     ]
     # one seed: accuracy (-2 + -1.5) / 2 with the interval over rows that the run recorded
     assert rows["other"][1] == ["−1.750", "−1.800", "to", "−1.710*"]
+
+
+def test_every_column_has_its_unit(text: str, results: list[Result]) -> None:
+    known, costs = _tables(text)
+    assert [" ".join(cell) for cell in known["digits"]["Strategy"][1:]] == [
+        "Accuracy %",
+        "Learning %",
+        "BWT points",
+        "Forgetting ↑ points",
+        "Retention %",
+        "Intransig. points",
+    ]
+    assert [" ".join(cell) for cell in known["text"]["Strategy"][1:]] == [
+        "Final score nats",
+        "Learning nats",
+        "BWT nats",
+        "Forgetting nats",
+        "Retention %",
+    ]
+    assert [" ".join(cell) for cell in costs["text"]["Strategy"][1:4]] == ["Train s", "Monitor s", "Speed rows/s"]
+    assert "Training and monitoring" not in text and 'title="Training without the monitor."' in text
+    assert text.count("biased upwards: with no forgetting") == 1 and "The score is the log-likelihood per token" in text
+    assert "log-likelihood per token matrix of other" in text and "accuracy matrix of naive" in text
+    heads = [line.split("|") for line in markdown_table(results).splitlines() if line.startswith("| strategy")]
+    digits, language = ([head.strip() for head in line] for line in heads)
+    assert (digits[3], digits[7]) == ("accuracy", "retention")
+    assert (language[3], language[7]) == ("final score", "retention %")
+
+
+@pytest.mark.parametrize(
+    ("score", "title", "units"),
+    [
+        ("exact match", "Exact match", ("%", "points", "%")),
+        ("negative squared error", "Final score", ("error²", "error²", "%")),
+        ("a score of mine", "Final score", ("a score of mine", "a score of mine", "%")),
+    ],
+)
+def test_units_of_other_scores(make: Any, score: str, title: str, units: tuple[str, ...]) -> None:
+    (stream,) = aggregate([load_result(make("a", 0, score=score))])
+    scale = Scale.of(stream)
+    found = tuple(scale.column_unit(metric) for metric in ("accuracy", "bwt", "retention"))
+    assert (scale.title, found) == (title, units)
 
 
 def test_headline_notes_warning_and_provenance_are_there(text: str) -> None:
@@ -165,6 +236,15 @@ def test_figures_of_any_length_are_sound_svg(make: Any, experiences: int) -> Non
         assert text == paint_all(stream)
         assert len([found for found in ElementTree.fromstring(text).iter() if (found.text or "").strip() == "b"]) >= 1
     assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize("updates", [1, 2, 13])
+def test_long_names_leave_room_for_the_curves(make: Any, updates: int) -> None:
+    matrix = [[0.9 if j <= i else None for j in range(updates)] for i in range(updates)]
+    (stream,) = aggregate([load_result(make(f"{letter * 3}[training.epochs=10]", 0, matrix)) for letter in "ab"])
+    for drawn in (progress_figure(stream), retention_figure(stream, stream.strategies[0]), cost_figure(stream)):
+        assert ElementTree.fromstring(drawn) is not None
+    assert "aaa[traini….epochs=10]" in progress_figure(stream)
 
 
 def test_cells_that_were_not_measured_are_hatched(make: Any) -> None:

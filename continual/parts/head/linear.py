@@ -103,6 +103,14 @@ class LinearHead(Part):
         self.module: GrowingLinear | None = None
         self._met: set[int] = set()
 
+    def check_objective(self, objective: Objective) -> None:
+        """Refuse ``init: mean`` for a regression."""
+        if objective == "regression" and self.settings.init == "mean":
+            raise CompositionError(
+                "head/linear: init 'mean' needs classes, and this is a regression: use 'uniform' (--set "
+                "head.init=uniform) or 'zero'."
+            )
+
     def attach(self, context: Context) -> None:
         """Set the head of the model.
 
@@ -111,10 +119,7 @@ class LinearHead(Part):
         """
         super().attach(context)
         model = features_model(context, self.name)
-        if context.objective == "regression" and self.settings.init == "mean":
-            raise CompositionError(
-                "head/linear: init 'mean' needs classes, and this is a regression: use 'uniform' or 'zero'."
-            )
+        self.check_objective(context.objective)
         assert model.feature_size is not None
         if self.module is None:
             self.module = self._make(model.feature_size)

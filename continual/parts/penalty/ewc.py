@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from continual.objective import Objective
 from continual.parts.part import Context, Part, Slot
 from continual.parts.penalty.fisher import diagonal_fisher
 from continual.parts.penalty.fisher_labels import Labels, check_labels
@@ -75,6 +76,10 @@ class EWC(Part):
     def attach(self, context: Context) -> None:
         super().attach(context)
         self._springs.release()
+
+    def check_objective(self, objective: Objective) -> None:
+        """Refuse labels that mean nothing for the objective."""
+        check_labels(self.settings.labels, objective)
 
     def begin(self, context: Context, experience: Experience) -> None:
         """Refuse what cannot work before anything is trained.

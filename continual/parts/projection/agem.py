@@ -17,6 +17,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from continual.objective import Objective
 from continual.parts.part import Context, Part, Slot
 from continual.parts.penalty.springs import add_to_gradients
 from continual.parts.projection.memory_gradient import memory_gradient
@@ -61,6 +62,10 @@ class AGEM(Part):
         super().__init__(**settings)
         self.store = Store(self.name, INSTEAD, capacity=self.settings.capacity, select=self.settings.select)
         self.cycle = Cycle()
+
+    def check_objective(self, objective: Objective) -> None:
+        """Refuse a selection by class where rows have none."""
+        self.store.check_objective(objective)
 
     def attach(self, context: Context) -> None:
         super().attach(context)

@@ -16,6 +16,7 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
 from continual.models.output import Output
+from continual.objective import Objective
 from continual.parts.part import Context, Part, Slot
 from continual.parts.replay.cycle import Cycle
 from continual.parts.replay.herding import check_features
@@ -94,7 +95,7 @@ class Rehearsal(Part):
         own = self.settings
         self.store = Store(
             f"{self.name} with select: {own.select}",
-            "take select: reservoir",
+            "take select: reservoir" + (" and a capacity in place of per_class" if own.per_class is not None else ""),
             capacity=own.capacity,
             select=own.select,
             per_class=own.per_class,
@@ -113,6 +114,10 @@ class Rehearsal(Part):
     def selection(self) -> Selection:
         """What decides which rows are held."""
         return self.store.selection
+
+    def check_objective(self, objective: Objective) -> None:
+        """Refuse a selection by class where rows have none."""
+        self.store.check_objective(objective)
 
     def attach(self, context: Context) -> None:
         super().attach(context)

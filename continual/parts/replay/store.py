@@ -13,6 +13,7 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
 from continual.errors import CompositionError
+from continual.objective import Objective
 from continual.parts.part import Context
 from continual.parts.replay.columns import parse_bytes
 from continual.parts.replay.herding import herding_keys
@@ -105,6 +106,13 @@ class Store:
         if not self._seeded:
             self.selection.seed, self._seeded = derive_seed(context.randomness.seed, "replay keys"), True
 
+    def check_objective(self, objective: Objective) -> None:
+        """Raise :class:`CompositionError` where the selection needs a class a row and the objective has none."""
+        if (self.select == "class-balanced" or self.per_class is not None) and objective != "classification":
+            raise CompositionError(
+                f"{self.owner} needs one class a row and the objective is {objective}: {self.instead}."
+            )
+
     def check(self, experience: Experience, extra: Batch | None = None) -> None:
         """Refuse before the training what could only fail after it.
 
@@ -118,10 +126,7 @@ class Store:
         if isinstance(self.capacity, str) and not self.memory.forms and len(experience.train):
             trial = Memory(self.capacity, beside=self.beside, growing=self.growing)
             trial.fit({**reader(experience.train)(torch.zeros(1, dtype=torch.int64)), **(extra or {})})
-        if (self.select == "class-balanced" or self.per_class is not None) and experience.objective != "classification":
-            raise CompositionError(
-                f"{self.owner} needs one class a row and the objective is {experience.objective}: {self.instead}."
-            )
+        self.check_objective(experience.objective)
         if self._by_class(experience.objective):
             self._check_classes(experience.train.column("labels"))
 
