@@ -157,10 +157,11 @@ def test_what_is_refused() -> None:
     for slot, settings in {
         "penalty": {"kind": "ewc"},
         "adapter": {"kind": "lora"},
-        "head": {"kind": "nearest-mean"},
     }.items():
         with pytest.raises(CompositionError, match="first weights"):
             Strategy.load({"replay": {"kind": "gdumb"}, slot: settings})
+    with pytest.raises(CompositionError, match="nothing would learn from replayed ones"):
+        Strategy.load({"replay": {"kind": "gdumb"}, "head": {"kind": "nearest-mean"}})
     with pytest.raises(CompositionError, match="leave the other one out"):
         Strategy.load({"replay": [{"kind": "gdumb"}, {"kind": "rehearsal"}]})
     with pytest.raises(SpecError, match="folder"):

@@ -53,7 +53,6 @@ class GDumb(Part):
         "projection": f"{_FROM_SCRATCH}, so there is nothing to protect: leave it out, or take replay/rehearsal.",
         "adapter": f"{_FROM_SCRATCH}, and adapters are merged or replaced between experiences: leave the adapter out, or "
         "take replay/rehearsal.",
-        "head/nearest-mean": f"{_FROM_SCRATCH}, so the means of earlier classes no longer fit: take head/linear.",
     }
     settings: GDumbSettings
 
