@@ -83,8 +83,8 @@ def main() -> None:
     parser.add_argument("--data", default=None)
     arguments = parser.parse_args()
     rows = []
-    plan = [("split-digits", name, 0.4) for name in ("rehearsal", "ewc-rehearsal")]
-    plan += [("docstrings", "adalora-rehearsal", 4.0)]
+    plan = [("split-digits", name, 0.12) for name in ("rehearsal", "ewc-rehearsal")]
+    plan += [("docstrings", "adalora-rehearsal", 2.0)]
     for stream, strategy, span in plan:
         options: list[str] = ["--data", arguments.data] if arguments.data else []
         with tempfile.TemporaryDirectory() as place:
