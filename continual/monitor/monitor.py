@@ -11,7 +11,6 @@ Letters: U updates, S experiences, N rows of a test set, M measurements of a tes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,45 +24,23 @@ from continual.monitor.bootstrap import INITIAL, Measured, Resampled, bootstrap,
 from continual.monitor.evaluation import score_tables
 from continual.monitor.metrics import METRICS, Floats, defined, flips, metric_table, negative_flips
 from continual.monitor.retention import TOLERANCE, Retention, judge, retention_of
+from continual.monitor.sets import (
+    Scores,
+    MeasuredSet,
+    finite,
+    named_scores,
+    probe_table,
+    scores_from,
+    set_from_state,
+    set_state,
+)
 from continual.objective import PRIMARY, Objective
 from continual.state import tensor_bytes
-from continual.streams.convert import as_table
 from continual.table import Batch, Table
 
 __all__ = ["Monitor", "Retention"]
 
-Scores = dict[str, Tensor]
 SETTINGS = ("resamples", "confidence", "batch_size", "tolerance", "seed")
-
-
-@dataclass
-class _Set:
-    """One test set or probe: where its rows lie, and their scores at each update (name of the score → (N,))."""
-
-    name: str
-    rows: Tensor
-    table: Table | None = None
-    ahead: bool = False
-    scores: dict[int, Scores] = field(default_factory=dict)
-
-    def updates(self) -> tuple[int, ...]:
-        return tuple(sorted(self.scores))
-
-    def at(self, update: int | None, score: str) -> NDArray[np.float32] | None:
-        if update is None or update not in self.scores or score not in self.scores[update]:
-            return None
-        found: NDArray[np.float32] = self.scores[update][score].numpy()
-        return found
-
-    def measured(self, score: str, flips_N: Floats | None = None) -> Measured:
-        updates = tuple(update for update in self.updates() if score in self.scores[update])
-        empty = np.empty((0, len(self.rows)), dtype=np.float32)
-        rows = [self.scores[update][score].numpy() for update in updates]
-        return Measured(updates, np.stack(rows) if rows else empty, flips_N)
-
-    def first(self, start: int) -> int | None:
-        """The first update from ``start`` on at which it was measured."""
-        return next((update for update in self.updates() if update >= start), None)
 
 
 class Monitor:
@@ -106,10 +83,10 @@ class Monitor:
             )
         self.resamples, self.confidence, self.batch_size = resamples, confidence, batch_size
         self.tolerance, self.seed = tolerance, seed
-        self._tests: dict[int, _Set] = {}
-        self._probes: dict[str, _Set] = {}
+        self._tests: dict[int, MeasuredSet] = {}
+        self._probes: dict[str, MeasuredSet] = {}
         for name, given in (probes or {}).items():
-            self.keep_probe(name, _probe(name, given))
+            self.keep_probe(name, probe_table(name, given))
         self._waiting: dict[int, Scores] = {}
         self._resampled: Resampled | None = None
 
@@ -130,7 +107,7 @@ class Monitor:
         rows_N = table.column("row").to("cpu", torch.int64)
         known = self._tests.get(index)
         if known is None:
-            self._tests[index] = _Set(name, rows_N, table, ahead)
+            self._tests[index] = MeasuredSet(name, rows_N, table, ahead)
             if index in self._waiting:
                 self._keep(INITIAL, [(self._tests[index], f"experience {index}", self._waiting.pop(index))])
             self._resampled = None
@@ -158,7 +135,7 @@ class Monitor:
 
     def keep_probe(self, name: str, table: Table) -> None:
         """Take ``table`` as the rows of a probe; one whose rows are at hand already is left as it is."""
-        probe = self._probes.setdefault(name, _Set(name, torch.arange(len(table))))
+        probe = self._probes.setdefault(name, MeasuredSet(name, torch.arange(len(table))))
         if probe.table is None:
             probe.table = table
 
@@ -225,7 +202,7 @@ class Monitor:
         """Keep the scores before any update, as :meth:`record` does; test sets may be registered later."""
         self._waiting.update({index: given for index, given in scores.items() if index not in self._tests})
         found = [(self._tests[i], f"experience {i}", given) for i, given in scores.items() if i in self._tests]
-        later: list[tuple[_Set | None, str, Scores]] = [*found]
+        later: list[tuple[MeasuredSet | None, str, Scores]] = [*found]
         later += [(self._probes.get(name), f"probe '{name}'", given) for name, given in (probe_scores or {}).items()]
         self._keep(INITIAL, later)
 
@@ -350,9 +327,9 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """Names, row ids and scores; the tables are registered again by whoever has the stream."""
         return {
-            "tests": {str(index): _state(test) for index, test in sorted(self._tests.items())},
-            "probes": {name: _state(probe) for name, probe in self._probes.items()},
-            "waiting": {str(index): _named(scores) for index, scores in sorted(self._waiting.items())},
+            "tests": {str(index): set_state(test) for index, test in sorted(self._tests.items())},
+            "probes": {name: set_state(probe) for name, probe in self._probes.items()},
+            "waiting": {str(index): named_scores(scores) for index, scores in sorted(self._waiting.items())},
             "settings": {name: getattr(self, name) for name in SETTINGS},
         }
 
@@ -374,18 +351,18 @@ class Monitor:
         Raises:
             StateError: a probe that has another number of rows than the one that was measured.
         """
-        tests = {int(index): _loaded(one) for index, one in state["tests"].items()}
-        probes = {name: _loaded(one) for name, one in state["probes"].items()}
+        tests = {int(index): set_from_state(one) for index, one in state["tests"].items()}
+        probes = {name: set_from_state(one) for name, one in state["probes"].items()}
         for name, probe in self._probes.items():
             if name in probes and len(probes[name].rows) != len(probe.rows):
                 raise StateError(
                     f"the probe '{name}' has {len(probe.rows)} rows and was measured with "
                     f"{len(probes[name].rows)}: give the same probe, or another name."
                 )
-            probes.setdefault(name, _Set(name, probe.rows)).table = probe.table
+            probes.setdefault(name, MeasuredSet(name, probe.rows)).table = probe.table
         present = {index: test.table for index, test in self._tests.items() if test.table is not None}
         self._tests, self._probes, self._resampled = tests, probes, None
-        self._waiting = {int(index): _scores(kept) for index, kept in state["waiting"].items()}
+        self._waiting = {int(index): scores_from(kept) for index, kept in state["waiting"].items()}
         if settings:
             for name in SETTINGS:
                 setattr(self, name, state["settings"][name])
@@ -423,7 +400,7 @@ class Monitor:
             self._resampled = None
         return erased
 
-    def _keep(self, update: int, found: Sequence[tuple[_Set | None, str, Scores]]) -> None:
+    def _keep(self, update: int, found: Sequence[tuple[MeasuredSet | None, str, Scores]]) -> None:
         for target, what, given in found:
             if target is None:
                 raise StreamError(f"{what} has scores but no test set: register it first.")
@@ -432,13 +409,13 @@ class Monitor:
                 raise StreamError(f"{what} has {len(target.rows)} rows and scores of {wrong}: give one for each row.")
         for target, _, given in found:
             assert target is not None
-            target.scores[update] = {name: _finite(s) for name, s in given.items()}
+            target.scores[update] = {name: finite(s) for name, s in given.items()}
         self._resampled = None
 
-    def _sets(self) -> list[_Set]:
+    def _sets(self) -> list[MeasuredSet]:
         return [*self._tests.values(), *self._probes.values()]
 
-    def _learnt(self) -> dict[int, _Set]:
+    def _learnt(self) -> dict[int, MeasuredSet]:
         return {index: test for index, test in sorted(self._tests.items()) if not test.ahead}
 
     def _primary(self) -> str:
@@ -482,46 +459,3 @@ class Monitor:
                 self._columns(), self.updates(), self.objective, self.resamples, self.confidence, self.seed
             )
         return self._resampled
-
-
-def _probe(name: str, given: Any) -> Table:
-    table = as_table(given, what=f"probe '{name}'")
-    if not len(table):
-        raise StreamError(f"probe '{name}' has no rows: give at least one, or leave it out.")
-    if "labels" in table.names:
-        try:
-            table.column("labels")
-        except StreamError as error:
-            raise StreamError(
-                f"probe '{name}' has labels that are no numbers: give class ids, as `class_names` counts them from 0."
-            ) from error
-    return table
-
-
-def _state(one: _Set) -> dict[str, Any]:
-    return {
-        "name": one.name,
-        "rows": one.rows,
-        "ahead": one.ahead,
-        "updates": list(one.updates()),
-        "scores": [_named(one.scores[update]) for update in one.updates()],
-    }
-
-
-def _loaded(state: dict[str, Any]) -> _Set:
-    scores = {int(u): _scores(kept) for u, kept in zip(state["updates"], state["scores"], strict=True)}
-    return _Set(state["name"], state["rows"], None, bool(state["ahead"]), scores)
-
-
-def _finite(score_N: Tensor) -> Tensor:
-    """float32 on the CPU, NaN in place of infinities, so that no difference of two of them is taken."""
-    score_N = score_N.detach().to("cpu", torch.float32)
-    return torch.where(score_N.isfinite(), score_N, torch.nan)
-
-
-def _named(scores: Scores) -> dict[str, Any]:
-    return {"names": list(scores), "values": list(scores.values())}
-
-
-def _scores(kept: dict[str, Any]) -> Scores:
-    return dict(zip(kept["names"], kept["values"], strict=True))
