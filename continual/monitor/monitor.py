@@ -25,8 +25,8 @@ from continual.monitor.evaluation import score_tables
 from continual.monitor.metrics import METRICS, Floats, defined, flips, metric_table, negative_flips
 from continual.monitor.retention import TOLERANCE, Retention, judge, retention_of
 from continual.monitor.sets import (
-    Scores,
     MeasuredSet,
+    Scores,
     finite,
     named_scores,
     probe_table,
