@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import signal
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -244,8 +245,12 @@ def test_what_the_runner_is_given_and_other_settings_do_not_overwrite(place: Pat
 def test_an_interrupt_leaves_what_is_there_and_the_study_goes_on(place: Path) -> None:
     study = _study(place, streams=["one.yaml"], strategies=["interrupts.yaml", "good.yaml"])
     out = place / "out"
-    with pytest.raises(KeyboardInterrupt):
-        run_study(study, out, 1, runner=RUNNER)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_study(study, out, 1, runner=RUNNER)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not (out / "one/good/seed-0/result.json").exists()
     rest = _study(place, streams=["one.yaml"], strategies=["interrupts.yaml"])
     assert [one.status for one in run_study(rest, out, 2, runner=RUNNER)] == ["done"]
