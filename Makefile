@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 
 demo: $(STAMP)
 	$(BIN)/continual study reports/demo/study.yaml --workers 2 --out runs/demo --report reports/demo/report.html
+	cp runs/demo/report.md reports/demo/report.md
 
 test: lint types tests
 

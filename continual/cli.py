@@ -206,7 +206,9 @@ def main() -> NoReturn:
         rank = os.environ.get("RANK", "0")
         print(f"continual{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != 130:
+            raise
         print("continual: stopped; the same command goes on (a run needs --resume).", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:

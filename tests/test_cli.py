@@ -237,3 +237,12 @@ def test_check_tells_streams_from_strategies(content: str, said: str, tmp_path: 
     path.write_text(content, encoding="utf-8")
     done = continual("check", str(path))
     assert said in done.stdout + done.stderr
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("continual.run.run_cell", interrupted)
+    done = continual("run", "split-digits", "naive", "--out", str(tmp_path / "a"))
+    assert done.returncode == 130 and "a run needs --resume" in done.stderr

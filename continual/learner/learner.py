@@ -226,7 +226,9 @@ class Learner(Saving):
                 self._checkpoint(None)
             self._failed = None
         slots = sorted({part.slot for part in self.parts})
-        retention = self.monitor.latest(hint=slots) if self.monitor and self.monitor.measured else None
+        retention = (
+            self.monitor.latest(hint=slots, name=experience.name) if self.monitor and self.monitor.measured else None
+        )
         update = Update(
             index=experience.index,
             name=experience.name,

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from continual.objective import Objective
 
-PRACTICAL = 20
+PRACTICAL = 100
 """More test rows than so many times those at hand are asked of nobody."""
 PLASTIC = 0.8
 """A new experience below this share of what earlier ones reached was learnt too little."""
@@ -49,6 +49,9 @@ def advise(lines: Sequence[Line], objective: Objective, slots: Collection[str] |
     hardly = _hardly_learnt(lines, objective)
     if hardly is not None:
         return f"{hardly}: {_plasticity(slots)}."
+    some = _worst(lines, "lost some")
+    if some is not None:
+        return f"'{some.name}' lost {_size(some, objective)}, which is real, if not surely more than the tolerance: watch it."
     unsure = [line for line in lines if line.status == "cannot tell"]
     if unsure:
         line = min(unsure, key=lambda line: line.rows_needed or line.rows)
@@ -59,9 +62,6 @@ def advise(lines: Sequence[Line], objective: Objective, slots: Collection[str] |
             )
         needed = "more" if line.rows_needed is None else f"about {line.rows_needed}"
         return f"the test set of '{line.name}' is too small to tell with its {line.rows} rows: give it {needed} rows."
-    some = _worst(lines, "lost some")
-    if some is not None:
-        return f"'{some.name}' lost {_size(some, objective)}, which is real but small: watch it at the next update."
     if any(line.status == "kept" for line in lines):
         return "nothing: every test set that could be compared has kept its score."
     return "nothing yet: there is no earlier score to compare with."

@@ -291,11 +291,12 @@ class Monitor:
                 found[name] = (then, now)
         return found
 
-    def latest(self, hint: Sequence[str] | None = None) -> Retention:
+    def latest(self, hint: Sequence[str] | None = None, name: str | None = None) -> Retention:
         """What the last update left of everything before it; printed, it is the retention tree.
 
         Args:
             hint: slots of the parts that the strategy uses (``replay``, ``penalty``, ...), so that the advice fits.
+            name: of the update, where it brought no test set of its own.
 
         Raises:
             StreamError: nothing was recorded yet.
@@ -314,7 +315,7 @@ class Monitor:
             for name, before, after, probe in compared
         ]
         found = self._bootstrap()
-        name = self._tests[update].name if update in self._tests else f"update {update + 1}"
+        name = self._tests[update].name if update in self._tests else name or f"update {update + 1}"
         if update == 0 and len(self._learnt()) > 1:
             name = "all at once"
         slots = None if hint is None else tuple(hint)

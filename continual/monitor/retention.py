@@ -41,7 +41,7 @@ class Kept:
         probe: whether it is a probe.
         status: as above.
         before, after: mean score just after it was learnt, and now.
-        change, low, high: after minus before with its two-sided interval.
+        change, low, high: after minus before with its two-sided interval, which holds for all lines of the tree together.
         rows: of the test set.
         smallest_detectable_drop: what the paired test of this line finds on these rows with 80 % power.
         rows_needed: where it cannot be told, the rows that would tell.
@@ -137,9 +137,10 @@ def judge(
         before_N: scores just after it was learnt, None where that is this update.
         after_N: scores now, None where it was left out.
         tolerance: in the unit of the scores.
-        confidence: of the two-sided interval; each decision is one-sided at (1 - confidence) / 2.
-        family: how many lines are compared in this tree. A loss is called so at a family-th of that level (Bonferroni),
-            so that one false alarm in the whole tree has at most the probability (1 - confidence) / 2.
+        confidence: of the whole tree.
+        family: how many lines are compared in this tree. Each decision is one-sided at (1 - confidence) / 2 / family
+            (Bonferroni), so that one false alarm in the whole tree has at most the probability (1 - confidence) / 2; the
+            interval of each line is the one that belongs to its decisions.
     """
     before = None if before_N is None else _mean(before_N)
     after = None if after_N is None else _mean(after_N)
@@ -150,10 +151,10 @@ def judge(
         return Kept(name, probe, status, before, after, None, None, None, rows, smallest, None)
     level = (1 - confidence) / 2
     alarm = level / max(family, 1)
-    verdict = paired_drop(before_N, after_N, tolerance, level, name)
-    if verdict.p_value < alarm:
+    verdict = paired_drop(before_N, after_N, tolerance, alarm, name)
+    if verdict.verdict == "fail":
         status = "forgotten"
-    elif paired_drop(before_N, after_N, 0.0, level, name).p_value < alarm:
+    elif verdict.low is not None and verdict.low > 0:
         status = "lost some"
     else:
         status = "kept" if verdict.verdict == "pass" else "cannot tell"

@@ -124,7 +124,7 @@ def test_status_follows_the_paired_interval(wrong: range, rows: int, status: str
         (400, ["penalty"], "beside the penalty, which alone is weak"),
         (400, ["replay"], "raise the capacity or the share"),
         (60, ["replay"], "nothing: every test set that could be compared has kept its score"),
-        (75, ["replay"], "real but small"),
+        (75, ["replay"], "which is real, if not surely more than the tolerance"),
     ],
 )
 def test_advice_fits_what_happened_and_the_parts_in_use(last: int, slots: list[str] | None, expected: str) -> None:

@@ -176,7 +176,7 @@ class Rehearsal(Part):
         if not self.shortfall:
             return None
         return (
-            f"{self.name}: {self.shortfall} of the {self._wanted} rows wanted for replay were not given, because the "
+            f"{self.shortfall} of the {self._wanted} rows wanted for replay were not given, because the "
             "memory held fewer rows than a batch wants and a batch takes each once: raise the capacity or lower share."
         )
 
