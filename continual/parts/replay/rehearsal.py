@@ -177,7 +177,7 @@ class Rehearsal(Part):
             return None
         return (
             f"{self.shortfall} of the {self._wanted} rows wanted for replay were not given, because the "
-            "memory held fewer rows than a batch wants and a batch takes each once: raise the capacity or lower share."
+            "memory held fewer rows than a batch wants and a batch takes each once: raise capacity (or per_class), or lower share."
         )
 
     def rows(self) -> Tensor:
