@@ -109,6 +109,23 @@ def test_rows_that_would_spoil_an_earlier_or_a_new_test_set_are_left_out(tmp_pat
         learner.update(rows(1), name="fourth")
 
 
+def test_rows_are_left_out_again_when_resumed_in_the_middle(tmp_path: Path) -> None:
+    tested = tuple(column[:5] for column in rows(1))
+    second = joined(rows(2), tested)  # type: ignore[arg-type]
+    whole, cut = learner_for("rehearsal"), learner_for("rehearsal", folder=tmp_path / "state", save_every=2)
+    for learner in (whole, cut):
+        learner.update(rows(0), test=rows(1), name="first")
+    whole.update(second, test=rows(3), name="second")
+    _cut_after(cut, 1)
+    with pytest.raises(CutOff):
+        cut.update(second, test=rows(3), name="second")
+    loaded = Learner.load(tmp_path / "state", device="cpu", progress=False)
+    loaded.update(second, test=rows(3), name="second")
+    same_weights(whole, loaded)
+    assert loaded.notes == whole.notes and any("5 of the 45 train rows" in note for note in loaded.notes)
+    assert not torch.isin(whole.monitor.tables()[0].column("row"), loaded.parts[-1].rows()).any()  # type: ignore[union-attr]
+
+
 def test_an_id_names_one_row_of_all_updates() -> None:
     def month(seed: int, start: int) -> dict[str, Tensor]:
         inputs, labels = rows(seed)

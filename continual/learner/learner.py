@@ -181,7 +181,7 @@ class Learner(Saving):
             if self._model is None:
                 self._build(experience)
             notes_before = len(self.notes)
-            found = experience if stream is not None or self._pending else self._admitted(experience)
+            found = self._admitted(experience) if stream is None else experience
             own = self._encode_all(found)
             experience = self._with_past(own)
             self._check(experience)
@@ -342,6 +342,8 @@ class Learner(Saving):
     def _admitted(self, experience: Experience) -> Experience:
         """The experience without rows that would spoil a measurement; says what is left out and what is not measured."""
         admitted, notes = self.ledger.admit(experience)
+        if self._pending is not None:
+            return admitted  # said before the run was cut off
         self.notes += notes
         absent = self.monitor.absent() if self.monitor is not None else {}
         names = [name for index, name in absent.items() if index < experience.index]
