@@ -39,6 +39,7 @@ def save_state(folder: Path, state: dict[str, Any]) -> int:
         StateError: the disk is full or the place cannot be written; what was there before is untouched.
     """
     folder = Path(folder)
+    check_replaceable(folder)
     tensors: dict[str, Tensor] = {}
     plain = _flatten(state, tensors)
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
@@ -114,8 +115,24 @@ def check_seal(folder: Path, needed: Collection[str] = ()) -> None:
             raise StateError(f"'{path}' is not what was written (its SHA-256 differs): use an earlier state.")
 
 
+def check_replaceable(folder: Path) -> None:
+    """Raise :class:`StateError` where ``folder`` holds anything but a sealed folder of ours, which alone is replaced."""
+    if not (folder.exists() or folder.is_symlink()):
+        return
+    if folder.is_symlink() or not folder.is_dir() or (not (folder / _SEAL).is_file() and any(folder.iterdir())):
+        raise StateError(
+            f"'{folder}' holds something that was not written by continual, and writing there would remove it: name a new "
+            "folder, or an empty one."
+        )
+
+
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Rename ``temporary`` to ``folder``; what was there is moved aside first and removed last."""
+    """Rename ``temporary`` to ``folder``; what was there is moved aside first and removed last.
+
+    Raises:
+        StateError: what is there was not written by us.
+    """
+    check_replaceable(folder)
     aside = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.old"
     if folder.exists():
         os.rename(folder, aside)

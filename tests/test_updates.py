@@ -163,6 +163,54 @@ def test_what_can_be_refused_before_anything_changed_costs_nothing() -> None:
     narrow.update((inputs, labels), name="second")
 
 
+def wide(seed: int, width: int) -> tuple[Tensor, Tensor]:
+    inputs, labels = rows(seed)
+    return torch.cat([inputs, inputs], 1)[:, :width], labels
+
+
+@pytest.mark.parametrize("part", ["train", "valid", "test"])
+def test_rows_of_another_form_are_refused_before_anything_changed(part: str) -> None:
+    learner = learner_for("rehearsal")
+    learner.update(rows(0), test=rows(1), name="first")
+    given = {"train": rows(2), "valid": rows(4), "test": rows(3), part: wide(5, 65)}
+    with pytest.raises((StreamError, ModelError), match="65"):
+        learner.update(given["train"], valid=given["valid"], test=given["test"], name="second")
+    learner.update(rows(2), test=rows(3), name="second")
+
+
+def test_row_ids_are_whole_numbers_and_there_is_data() -> None:
+    inputs, labels = rows(0)
+    for ids in ([f"customer {place}" for place in range(40)], torch.rand(40), torch.rand(40) > 0.5):
+        with pytest.raises(StreamError, match="the column 'row' holds no whole numbers"):
+            learner_for("naive").update({"inputs": inputs, "labels": labels, "row": ids}, name="first")
+    with pytest.raises(StreamError, match="there is no data"):
+        learner_for("naive").update(None)
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "link"])
+def test_a_save_removes_nothing_of_the_users(what: str, tmp_path: Path) -> None:
+    learner = learner_for("lora")
+    learner.update(rows(0), test=rows(1), name="first")
+    target, precious = tmp_path / "target", tmp_path / "elsewhere" / "thesis.txt"
+    precious.parent.mkdir()
+    if what == "file":
+        precious = target
+    elif what == "folder":
+        target.mkdir()
+        precious = target / "thesis.txt"
+    else:
+        target.symlink_to(precious.parent)
+    precious.write_text("years", encoding="utf-8")
+    for write in (learner.save, learner.export):
+        with pytest.raises(StateError, match="holds something that"):
+            write(target)
+        assert precious.read_text(encoding="utf-8") == "years"
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):
+        learner.save(tmp_path / "empty")
+        learner.export(tmp_path / "adapter")
+
+
 def test_a_half_trained_state_is_not_saved(tmp_path: Path) -> None:
     learner = learner_for(Strategy(training=SGD | {"lr": 1e30}))
     with pytest.raises(TrainingError):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from continual.errors import CompositionError, ModelError, StateError, TrainingError, quoted
+from continual.errors import CompositionError, ModelError, StateError, StreamError, TrainingError, quoted
 from continual.learner.checkpoint import check_same
 from continual.learner.optimizer import make_optimizer
 from continual.learner.result import result_of
@@ -370,8 +370,29 @@ class Learner(Saving):
                 f"training.early_stopping needs rows to select on, and experience '{experience.name}' has no valid rows: "
                 "give it some, or leave early_stopping out (it never looks at test rows)."
             )
+        self._check_rows(experience)
         if not self.model.gives_features:
             self.context.check_outputs(experience)
+
+    def _check_rows(self, experience: Experience) -> None:
+        """Rows of one form in all parts, and of earlier test sets, which the backbone can read."""
+        first = torch.zeros(1, dtype=torch.int64)
+        wanted = experience.train[first]
+        with evaluating(self.model):
+            self.model.backbone(to_device(wanted, self.device))
+        others = {f"test rows of '{self.experience_names[i]}'": table for i, table in self._tests().items()}
+        others |= {"valid rows": experience.valid, "test rows": experience.test}  # type: ignore[dict-item]
+        for what, table in others.items():
+            if table is None or not len(table):
+                continue
+            given = table[first]
+            for name in ("inputs", "input_ids"):
+                one, other = _shape(wanted, name), _shape(given, name)
+                if one != other:
+                    raise StreamError(
+                        f"the training rows of '{experience.name}' have {one or 'no'} {name} and the {what} have "
+                        f"{other or 'no'}: give all rows of a stream the same form."
+                    )
 
     def _look_at(self, experience: Experience, stream: Stream | None) -> None:
         """Take in what an experience says of itself, and keep its test set."""
@@ -421,6 +442,13 @@ class Learner(Saving):
 
     def _log(self, figures: dict[str, float], step: int) -> None:
         self.accelerator.log(figures, step=self.steps + step)
+
+
+def _shape(batch: dict[str, torch.Tensor], name: str) -> str:
+    """Shape of a row of a dense column; tokens have no width of their own."""
+    if name not in batch:
+        return ""
+    return "tokens as" if name == "input_ids" else " × ".join(map(str, batch[name].shape[1:])) or "1"
 
 
 def _unlabelled(rows: Any) -> Table:

@@ -83,6 +83,8 @@ def as_experience(
     Raises:
         StreamError: no rows, labels of the wrong type, a new class where none may be, row ids that repeat.
     """
+    if data is None:
+        raise StreamError(f"{name}: there is no data: give training rows.")
     found: dict[Part, Any] = {"train": data, "valid": valid, "test": test}
     tables = {part: as_table(found[part], what=f"{name}, {part}") for part in PARTS if found[part] is not None}
     tables = {part: table for part, table in tables.items() if part == "train" or len(table)}
@@ -100,7 +102,7 @@ def as_experience(
             columns[part]["labels"] = float_targets(labels_of(table), f"{name}, {part}")
     for part, table in tables.items():
         if "row" in table.names:
-            columns[part]["row"] = table.column("row").to(torch.int64)
+            columns[part]["row"] = _row_ids(table, f"{name}, {part}")
         else:
             start = (index * len(PARTS) + PARTS.index(part)) * _ROW_ROOM
             columns[part]["row"] = torch.arange(start, start + len(table))
@@ -135,6 +137,18 @@ def _class_ids(
     lookup_C = torch.tensor([met[any_name] for any_name in found], dtype=torch.int64)
     labels = {part: lookup_C[index_N] for part, index_N in indices.items()}
     return tuple(sorted(met[new] for new in present)), tuple(names), labels
+
+
+def _row_ids(table: Table, where: str) -> Tensor:
+    try:
+        ids_N = table.column("row")
+    except StreamError:
+        ids_N = torch.empty(0)
+    if ids_N.is_floating_point() or ids_N.dtype == torch.bool or ids_N.dim() != 1:
+        raise StreamError(
+            f"{where}: the column 'row' holds no whole numbers, one a row: give such ids, or leave it out."
+        )
+    return ids_N.to(torch.int64)
 
 
 def _from_loader(loader: DataLoader[Any], what: str) -> Table:
