@@ -221,7 +221,7 @@ ROWS = [
     stream_case("words as features", "'a' is not numeric", train=each(rows(), a=lambda n: "x")),
     stream_case("uneven features", "the rows of 'a' have different lengths",
                 train=each(rows(), a=lambda n: [1.0] * (n % 3 + 1))),
-    stream_case("other widths in test", "4 inputs", "takes 3", train=each(rows(), a=lambda n: [n, 1.0]),
+    stream_case("other widths in test", "have 3 inputs", "test rows have 4", train=each(rows(), a=lambda n: [n, 1.0]),
                 test=each(rows(12, 100), a=lambda n: [n, 1.0, 2.0])),
     stream_case("one class", "the one class 'a'", "two at least", train=rows(classes=1), test=rows(12, 100, 1)),
     stream_case("a class of the test set only", "class 'c' is in test but has no training rows", test=rows(12, 100, 3)),

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from continual.errors import StreamError
-from continual.state import tensor_bytes
 from continual.streams.content import row_keys
 from continual.streams.experience import Experience
 from continual.table import Table
@@ -26,7 +25,6 @@ from continual.table import Table
 class _Entry:
     """Ids and content keys, int64 (N,), of the rows that one update trained on (valid rows among them) and measured."""
 
-    name: str
     trained_ids: Tensor
     trained_keys: Tensor
     tested_ids: Tensor
@@ -81,22 +79,10 @@ class Ledger:
         """Remember the rows of an experience that was learnt."""
         learnt = [table for table in (experience.train, experience.valid) if table is not None and len(table)]
         tests = [table for table in (experience.test,) if table is not None and len(table)]
-        self.entries.append(_Entry(experience.name, *_known(learnt), *_known(tests)))
-
-    def erase(self, rows: Tensor) -> None:
-        """Give up what is known of the rows with these ids."""
-        for entry in self.entries:
-            for what in ("trained", "tested"):
-                keep_N = ~torch.isin(getattr(entry, f"{what}_ids"), rows.to("cpu", torch.int64))
-                for column in (f"{what}_ids", f"{what}_keys"):
-                    setattr(entry, column, getattr(entry, column)[keep_N])
-
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return tensor_bytes(self.state_dict())
+        self.entries.append(_Entry(*_known(learnt), *_known(tests)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Names and tensors."""
+        """Tensors."""
         return {"entries": [dict(vars(entry)) for entry in self.entries]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

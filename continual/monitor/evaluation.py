@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from continual.models.output import Output
 from continual.objective import PRIMARY, Objective, score_rows
+from continual.parts.passes import as_at_test
 from continual.table import Batch, Ragged, Table, TensorTable, View, concat, concat_batches, to_device
 
 
@@ -27,14 +28,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Gradients are off by ``torch.no_grad``, not by inference mode: a tensor that a model keeps from such a pass must not
     break a later backward pass.
     """
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
+    with as_at_test(model), torch.no_grad():
+        yield
 
 
 @torch.no_grad()

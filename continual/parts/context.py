@@ -28,6 +28,7 @@ from continual.errors import ModelError, TrainingError
 from continual.models.output import Output
 from continual.objective import Competition, Objective, active_classes, loss_rows
 from continual.parts.part import Part, overriding
+from continual.parts.passes import as_at_test
 from continual.randomness import Randomness
 from continual.streams.batching import evaluation_batches, training_batches
 from continual.streams.experience import Experience, Scenario
@@ -314,15 +315,9 @@ class TrainingContext:
         """How many classes the model tells apart now, asked of it with one row; None where no head is there yet."""
         if getattr(self.model, "gives_features", False) and getattr(self.model, "head", None) is None:
             return None
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                row = to_device(experience.train[torch.zeros(1, dtype=torch.int64)], self.device)
-                return int(self.forward(row).logits.shape[-1])
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with torch.no_grad(), as_at_test(self.model):
+            row = to_device(experience.train[torch.zeros(1, dtype=torch.int64)], self.device)
+            return int(self.forward(row).logits.shape[-1])
 
 
 def not_finite(step: int, terms: Sequence[tuple[str, Tensor]], batch: Batch) -> TrainingError:

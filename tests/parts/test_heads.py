@@ -13,10 +13,11 @@ from continual.errors import CompositionError, SpecError, StreamError
 from continual.models.build import build_model
 from continual.models.model import Model
 from continual.parts.context import TrainingContext
-from continual.parts.head.class_sums import class_sums, eval_mode
+from continual.parts.head.class_sums import class_sums
 from continual.parts.head.linear import LinearHead
 from continual.parts.head.nearest_mean import NearestMeanHead
 from continual.parts.part import Part
+from continual.parts.passes import as_at_test
 from continual.randomness import Randomness
 from continual.streams.experience import Experience
 from continual.table import TensorTable
@@ -300,6 +301,6 @@ def test_class_sums_leave_out_ignored_rows_and_modes_are_put_back() -> None:
     sums, counts = class_sums(training, table, 2, normalize=False)
     assert counts.tolist() == [1, 1] and torch.equal(sums, torch.ones(2, D, dtype=torch.float64))
     mixed = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
-    with eval_mode(mixed):
+    with as_at_test(mixed):
         assert not any(module.training for module in mixed.modules())
     assert [module.training for module in mixed.modules()] == [True, True, False]

@@ -8,17 +8,17 @@ Letters: B rows, D features (as they are, or lifted), K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from continual.errors import CompositionError
 from continual.models.model import Model
 from continual.parts.part import Context
+from continual.parts.passes import as_at_test
 from continual.table import Batch, Table
 
 
@@ -129,7 +129,7 @@ def sweep(context: Context, table: Table, take: Callable[[Tensor, Batch], None])
 
     There are no gradients, and the model is in eval mode meanwhile.
     """
-    with torch.no_grad(), eval_mode(context.model):
+    with torch.no_grad(), as_at_test(context.model):
         for batch in context.batches(table):
             features_BD = context.forward(batch).features
             assert features_BD is not None
@@ -156,15 +156,3 @@ def class_sums(context: Context, table: Table, classes: int, *, normalize: bool)
 
     sweep(context, table, take)
     return sums.sums_KD, sums.counts_K
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode; each is put back into its own mode."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

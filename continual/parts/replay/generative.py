@@ -29,8 +29,8 @@ from continual.errors import CompositionError, TrainingError, quoted
 from continual.models.output import Output
 from continual.models.vae import ConditionalVAE, Likelihood
 from continual.objective import Objective, mask_logits
-from continual.parts.head.class_sums import eval_mode
 from continual.parts.part import Context, Part, Slot
+from continual.parts.passes import as_at_test
 from continual.parts.replay.mix import ExperienceWeights, join, replay_count
 from continual.spec import Spec
 from continual.streams.experience import Experience
@@ -243,7 +243,7 @@ class GenerativeReplay(Part):
         labels_M = torch.tensor(self.known).repeat_interleave(each)
         noise_MZ = torch.randn(len(labels_M), self.settings.latent, generator=draws)
         right = []
-        with eval_mode(context.model):
+        with as_at_test(context.model):
             for labels_b, noise_bZ in zip(torch.split(labels_M, BLOCK), torch.split(noise_MZ, BLOCK), strict=True):
                 made = self._rows_of(generator, labels_b.to(context.device), noise_bZ)
                 guess_b = mask_logits(context.forward(made).logits, context.active(made)).argmax(1)

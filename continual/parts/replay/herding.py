@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from continual.errors import CompositionError
-from continual.parts.head.class_sums import eval_mode
 from continual.parts.part import Context
+from continual.parts.passes import as_at_test
 from continual.table import Table
 
 _LAST = torch.iinfo(torch.int64).max
@@ -73,7 +73,7 @@ def check_features(context: Context, table: Table, owner: str) -> None:
 def _features(context: Context, table: Table, rows_N: Tensor, owner: str) -> Tensor:
     """Features of length 1, float64 (N, D), in the order of ``rows_N``."""
     found, ids = [], []
-    with torch.no_grad(), eval_mode(context.model):
+    with torch.no_grad(), as_at_test(context.model):
         for batch in context.batches(table):
             features_BD = context.forward(batch).features
             if features_BD is None:

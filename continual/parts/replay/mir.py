@@ -22,8 +22,8 @@ from torch import Tensor
 
 from continual.errors import CompositionError
 from continual.models.output import Output
-from continual.parts.head.class_sums import eval_mode
 from continual.parts.part import Context, Part, Slot
+from continual.parts.passes import as_at_test
 from continual.parts.replay.cycle import Cycle
 from continual.parts.replay.mix import join, replay_count
 from continual.parts.replay.store import Store, StoreSettings
@@ -132,7 +132,7 @@ class MIR(Part):
                 f"{self.name} knows no learning rate of this loop: set virtual_lr, or tell the context "
                 "of the optimizer."
             )
-        with eval_mode(context.model):
+        with as_at_test(context.model):
             loss_B = context.loss_rows(context.forward(batch), batch)
             weight_B = batch.get("weight")
             loss = loss_B.mean() if weight_B is None else (weight_B * loss_B).sum() / weight_B.sum()
