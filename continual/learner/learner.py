@@ -24,7 +24,7 @@ from continual.streams.check import require_experience, require_stream
 from continual.streams.convert import as_experience, as_table
 from continual.streams.experience import Experience
 from continual.streams.stream import Stream
-from continual.table import Table, TensorTable, concat, to_device
+from continual.table import Batch, Table, TensorTable, concat, to_device
 
 
 class Learner(Saving):
@@ -385,14 +385,12 @@ class Learner(Saving):
         for what, table in others.items():
             if table is None or not len(table):
                 continue
-            given = table[first]
-            for name in ("inputs", "input_ids"):
-                one, other = _shape(wanted, name), _shape(given, name)
-                if one != other:
-                    raise StreamError(
-                        f"the training rows of '{experience.name}' have {one or 'no'} {name} and the {what} have "
-                        f"{other or 'no'}: give all rows of a stream the same form."
-                    )
+            one, other = _form(wanted), _form(table[first])
+            if one != other:
+                raise StreamError(
+                    f"the training rows of '{experience.name}' have {one} and the {what} have {other}: give all rows of a "
+                    "stream the same form."
+                )
 
     def _look_at(self, experience: Experience, stream: Stream | None) -> None:
         """Take in what an experience says of itself, and keep its test set."""
@@ -444,11 +442,13 @@ class Learner(Saving):
         self.accelerator.log(figures, step=self.steps + step)
 
 
-def _shape(batch: dict[str, torch.Tensor], name: str) -> str:
-    """Shape of a row of a dense column; tokens have no width of their own."""
-    if name not in batch:
-        return ""
-    return "tokens as" if name == "input_ids" else " × ".join(map(str, batch[name].shape[1:])) or "1"
+def _form(batch: Batch) -> str:
+    """What a model reads of a row; tokens have no width of their own."""
+    if "input_ids" in batch:
+        return "tokens"
+    if "inputs" in batch:
+        return f"{' × '.join(map(str, batch['inputs'].shape[1:])) or '1'} inputs"
+    return quoted(sorted(batch))
 
 
 def _unlabelled(rows: Any) -> Table:
