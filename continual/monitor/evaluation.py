@@ -58,26 +58,21 @@ def score_tables(
     held: list[Table] = [table for table in tables if len(table)]
     order_N = _longest_first(held)
     batches = _slices(held, batch_size) if order_N is None else _picks(concat(held), order_N, batch_size)
-    names: list[str] = [PRIMARY[objective]]
-    scores_QN = torch.empty(1, 0)
-    done = 0
+    found: dict[str, list[Tensor]] = {}
     for batch in batches:
         batch = to_device(batch, device)
-        found = score_rows(objective, forward(batch).logits, batch, active(batch))
-        if done == 0:
-            names = list(found)
-            scores_QN = torch.empty(len(names), sum(sizes), dtype=torch.float32, device=device)
-        size = 0
-        for place, score_B in enumerate(found.values()):
-            size = len(score_B)
-            scores_QN[place, done : done + size] = score_B
-        done += size
-    assert done == sum(sizes), f"{sum(sizes)} rows went in and {done} scores came out"
-    scores_QN = scores_QN.cpu()
+        for name, score_B in score_rows(objective, forward(batch).logits, batch, active(batch)).items():
+            found.setdefault(name, []).append(score_B)
+    scores = {name: torch.cat(scores_B).cpu() for name, scores_B in found.items()} or {
+        PRIMARY[objective]: torch.empty(0)
+    }
+    assert all(len(score_N) == sum(sizes) for score_N in scores.values()), (
+        f"not one score for each of {sum(sizes)} rows"
+    )
     if order_N is not None:
-        scores_QN = torch.empty_like(scores_QN).index_copy_(1, order_N, scores_QN)
-    parts = torch.split(scores_QN, sizes, dim=1)
-    return [{name: part[place].clone() for place, name in enumerate(names)} for part in parts]
+        scores = {name: torch.empty_like(score_N).index_copy_(0, order_N, score_N) for name, score_N in scores.items()}
+    parts = {name: torch.split(score_N, sizes) for name, score_N in scores.items()}
+    return [{name: part[place].clone() for name, part in parts.items()} for place in range(len(sizes))]
 
 
 def _longest_first(tables: Sequence[Table]) -> Tensor | None:
@@ -99,10 +94,10 @@ def _slices(tables: Sequence[Table], batch_size: int) -> Iterator[Batch]:
     parts: list[Batch] = []
     room = batch_size
     for table in tables:
-        start = 0
-        while start < len(table):
-            stop = min(start + room, len(table))
-            parts.append(_slice(table, start, stop))
+        start, size, read = 0, len(table), _reader(table)
+        while start < size:
+            stop = min(start + room, size)
+            parts.append(read(start, stop))
             room -= stop - start
             start = stop
             if 2 * room <= batch_size:
@@ -112,10 +107,12 @@ def _slices(tables: Sequence[Table], batch_size: int) -> Iterator[Batch]:
         yield parts[0] if len(parts) == 1 else concat_batches(parts)
 
 
-def _slice(table: Table, start: int, stop: int) -> Batch:
-    """Rows ``start`` to ``stop``; a dense table in memory gives views, without a copy."""
+def _reader(table: Table) -> Callable[[int, int], Batch]:
+    """Gives rows ``start`` to ``stop``; those of a dense table in memory as views, without a copy."""
     if isinstance(table, TensorTable) and not any(isinstance(column, Ragged) for column in table.columns.values()):
-        return {name: column[start:stop] for name, column in table.columns.items() if isinstance(column, Tensor)}
+        dense = {name: column for name, column in table.columns.items() if isinstance(column, Tensor)}
+        return lambda start, stop: {name: column[start:stop] for name, column in dense.items()}
     if isinstance(table, View):
-        return table.base[table.index_N[start:stop]]
-    return table[torch.arange(start, stop)]
+        base, index_N = table.base, table.index_N
+        return lambda start, stop: base[index_N[start:stop]]
+    return lambda start, stop: table[torch.arange(start, stop)]
