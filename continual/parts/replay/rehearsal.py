@@ -42,8 +42,9 @@ class RehearsalSettings(Spec):
         per_class: rows of each class, in place of a capacity: the memory grows with the classes.
         select: ``reservoir`` keeps every row of the stream with equal probability; ``class-balanced`` and
             ``experience-balanced`` give each class or experience an equal share of the places. ``ring`` keeps the latest
-            rows of each class of each experience (with ``insert: end`` the last of its table), ``herding`` those whose mean
-            feature is nearest to the class's.
+            rows of each class of each experience (with ``insert: end`` the last of its table, which are no random sample
+            where its order means something; with ``step`` they come shuffled), ``herding`` those whose mean feature is
+            nearest to the class's.
         share: part of the rows of a forward pass that are replayed, in (0, 1).
         insert: ``end`` offers all rows of an experience when it ends; ``step`` those of each batch of its first epoch.
         weighting: ``rows`` weighs all rows of a batch alike; ``experiences`` gives the replayed ones together 1 − 1/t.
