@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -242,6 +243,13 @@ class Strategy:
                 f"strategy '{self.name}': backbone: frozen forbids an adapter, which freezes the base by itself: "
                 "leave one of the two out."
             )
+        for part, other in product(self.prototypes, self.prototypes):
+            if part.needs_lasting_parameters and other.replaces:
+                raise CompositionError(
+                    f"strategy '{self.name}': {part.name} remembers something of each parameter, and those of {other.name} "
+                    "live for one experience only: take adapter/lora with across_tasks: continue, or a penalty that can "
+                    "hold effective weights (ewc, mas, l2), or projection/agem."
+                )
         steady = self.backbone == "frozen" or any(part.settles for part in self.prototypes)
         for part in self.prototypes:
             if part.needs_steady_features and not steady:

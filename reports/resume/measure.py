@@ -26,7 +26,7 @@ TIMES = ("cost", "provenance")
 
 def command(stream: str, strategy: str, out: Path, *extra: str) -> list[str]:
     base = [sys.executable, "-m", "continual.cli", "run", stream, strategy]
-    return [*base, "--out", str(out), "--seed", "0", "--device", "cpu", "--save-every", "20", *extra]
+    return [*base, "--out", str(out), "--seed", "0", "--device", "cpu", "--save-every", "5", *extra]
 
 
 def figures(folder: Path) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def killed(stream: str, strategy: str, out: Path, kills: int, span: float, seed: int, options: list[str]) -> int:
-    """Run, kill after a random time, resume, until ``kills`` are done; then let it finish. Returns the kills."""
+    """Run, kill up to ``span`` seconds after a checkpoint, resume, until ``kills`` are done; then let it finish."""
     draw = random.Random(seed)
     done = 0
     while True:
@@ -73,7 +73,7 @@ def wait_for_training(process: subprocess.Popen[bytes], out: Path) -> None:
                 return
         except OSError:
             pass
-        time.sleep(0.01)
+        time.sleep(0.001)
 
 
 def main() -> None:
@@ -83,13 +83,16 @@ def main() -> None:
     parser.add_argument("--data", default=None)
     arguments = parser.parse_args()
     rows = []
-    plan = [("split-digits", name, 0.12) for name in ("rehearsal", "ewc-rehearsal")]
-    plan += [("docstrings", "adalora-rehearsal", 2.0)]
-    for stream, strategy, span in plan:
+    plan = [("split-digits", "rehearsal"), ("split-digits", "ewc-rehearsal"), ("docstrings", "adalora-rehearsal")]
+    for stream, strategy in plan:
         options: list[str] = ["--data", arguments.data] if arguments.data else []
         with tempfile.TemporaryDirectory() as place:
             whole, cut = Path(place) / "whole", Path(place) / "cut"
             subprocess.run(command(stream, strategy, whole, *options), check=True, stdout=subprocess.DEVNULL)
+            span = (
+                json.loads((whole / "result.json").read_text(encoding="utf-8"))["cost"]["train_seconds"]
+                / arguments.kills
+            )
             kills = killed(stream, strategy, cut, arguments.kills, span, 0, options)
             left, right = weights(whole), weights(cut)
             rows.append(

@@ -122,6 +122,10 @@ class AdaLoRA(Part):
         self._pattern: Pattern = {}
         self._pruned: list[tuple[nn.Parameter, Tensor]] = []
 
+    @property
+    def replaces(self) -> bool:
+        return True
+
     def begin(self, context: Context, experience: Experience) -> None:
         """A fresh adapter, a fresh schedule from ``context.steps``, a fresh allocator.
 
@@ -131,7 +135,7 @@ class AdaLoRA(Part):
         """
         self._schedule = make_schedule(context.steps, self.settings.warmup, self.settings.final)
         model: Any = context.model
-        model.adapter_replaced = True
+        model.adapter_replaced = self.replaces
         config = self._config()
         if self.adapters.names and self.settings.across_tasks == "merge":
             self.adapters.replace(model, config, self.settings.target)
@@ -203,7 +207,7 @@ class AdaLoRA(Part):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Rebuild structure and allocator in a pristine model; the adapters' values are loaded with the model."""
         model: Any = self.context.model
-        model.adapter_replaced = True
+        model.adapter_replaced = self.replaces
         self._schedule = Schedule(*state["schedule"])
         self._done, self._handled = int(state["done"]), state["handled"]
         self._pattern, self._pruned = dict(state["pattern"]), []

@@ -74,6 +74,10 @@ class LoRA(Part):
     def settles(self) -> bool:
         return self.settings.across_tasks == "first"
 
+    @property
+    def replaces(self) -> bool:
+        return self.settings.across_tasks in ("stack", "merge")
+
     def begin(self, context: Context, experience: Experience) -> None:
         """Make, keep, add or replace the adapter.
 
@@ -83,7 +87,7 @@ class LoRA(Part):
         """
         model: Any = context.model
         across = self.settings.across_tasks
-        model.adapter_replaced = across in ("stack", "merge")
+        model.adapter_replaced = self.replaces
         if not self.adapters.names or across == "stack":
             self.adapters.add(model, self._config(), self.settings.target)
         elif across == "merge":
@@ -104,7 +108,7 @@ class LoRA(Part):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Rebuild the structure in a pristine model; the adapters' values are loaded with the model."""
         model: Any = self.context.model
-        model.adapter_replaced = self.settings.across_tasks in ("stack", "merge")
+        model.adapter_replaced = self.replaces
         self.adapters.rebuild(model, state, self._config, self.settings.target)
         self._settled = bool(state["settled"])
         if self._settled:

@@ -35,6 +35,10 @@ EXCLUDES = {
     "ones: leave replay out, or take head/linear",
     "penalty": "its sums cannot be forgotten and no parameter trains after the first experience, so there is nothing to "
     "hold: leave the penalty out, or take head/linear",
+    "distillation": "its sums cannot be forgotten and no parameter trains after the first experience, so there is nothing "
+    "to distil: leave distillation out, or take head/linear",
+    "projection": "no parameter trains after the first experience, so there is no gradient to project: leave projection "
+    "out, or take head/linear",
 }
 """What no head without gradients can be combined with."""
 

@@ -59,6 +59,7 @@ class RWalk(Part):
 
     slot: ClassVar[Slot] = "penalty"
     Settings: ClassVar[type[Spec]] = RWalkSettings
+    needs_lasting_parameters: ClassVar[bool] = True
     settings: RWalkSettings
 
     def __init__(self, **settings: Any) -> None:

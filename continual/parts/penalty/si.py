@@ -47,6 +47,7 @@ class SI(Part):
 
     slot: ClassVar[Slot] = "penalty"
     Settings: ClassVar[type[Spec]] = SISettings
+    needs_lasting_parameters: ClassVar[bool] = True
     settings: SISettings
 
     def __init__(self, **settings: Any) -> None:

@@ -64,6 +64,7 @@ class OGD(Part):
     slot: ClassVar[Slot] = "projection"
     Settings: ClassVar[type[Spec]] = OGDSettings
     objectives: ClassVar[tuple[Objective, ...]] = ("classification",)
+    needs_lasting_parameters: ClassVar[bool] = True
     excludes: ClassVar[dict[str, str]] = {"projection": "the second projection would undo the first, so keep one."}
     settings: OGDSettings
 
