@@ -80,12 +80,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--data", default=None)
     arguments = parser.parse_args()
     rows = []
-    plan = [("split-digits", "rehearsal"), ("split-digits", "ewc-rehearsal"), ("docstrings", "adalora-rehearsal")]
-    for stream, strategy in plan:
-        options: list[str] = ["--data", arguments.data] if arguments.data else []
+    longer = ["--set", "training.epochs=40"]
+    plan = [("split-digits", "rehearsal", longer), ("split-digits", "ewc-rehearsal", longer)]
+    plan += [("docstrings", "adalora-rehearsal", [])]
+    for stream, strategy, options in plan:
         with tempfile.TemporaryDirectory() as place:
             whole, cut = Path(place) / "whole", Path(place) / "cut"
             subprocess.run(command(stream, strategy, whole, *options), check=True, stdout=subprocess.DEVNULL)
