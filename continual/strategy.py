@@ -243,7 +243,13 @@ class Strategy:
                 "leave one of the two out."
             )
         steady = self.backbone == "frozen" or any(part.settles for part in self.prototypes)
+        stacking = any(part.stacks for part in self.prototypes)
         for part in self.prototypes:
+            if part.needs_stacking and not stacking:
+                raise CompositionError(
+                    f"strategy '{self.name}': {part.name} reads the adapters of earlier experiences, and no part keeps "
+                    "them in the model: set adapter to kind 'lora' with across_tasks 'stack'."
+                )
             if part.needs_steady_features and not steady:
                 raise CompositionError(
                     f"strategy '{self.name}': {part.name} adds up features, which must not change once they are: set "

@@ -121,6 +121,7 @@ class Part:
         needs_head: it reads ``output.features`` or class scores of a head of ours.
         needs_steady_features: it adds up features of each experience's rows once, so the backbone must be frozen, or
             settle after the first experience.
+        needs_stacking: it reads the adapters of earlier experiences, which an adapter part must keep in the model.
         excludes: ``slot`` or ``slot/kind`` that it cannot be combined with → why, and what to use instead.
     """
 
@@ -129,6 +130,7 @@ class Part:
     objectives: ClassVar[tuple[Objective, ...]] = ("classification", "regression", "causal-lm", "seq2seq")
     needs_head: ClassVar[bool] = False
     needs_steady_features: ClassVar[bool] = False
+    needs_stacking: ClassVar[bool] = False
     excludes: ClassVar[dict[str, str]] = {}
 
     context: Context
@@ -155,6 +157,11 @@ class Part:
     @property
     def settles(self) -> bool:
         """Whether it trains the backbone in the first experience only, and holds it frozen from then on."""
+        return False
+
+    @property
+    def stacks(self) -> bool:
+        """Whether it keeps the adapters of earlier experiences in the model, frozen and active."""
         return False
 
     def check_objective(self, objective: Objective) -> None:

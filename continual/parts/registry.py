@@ -30,6 +30,7 @@ PARTS: dict[Slot, dict[str, str]] = {
         "ewc": "continual.parts.penalty.ewc:EWC",
         "l2": "continual.parts.penalty.l2:L2",
         "mas": "continual.parts.penalty.mas:MAS",
+        "orthogonal": "continual.parts.penalty.orthogonal:Orthogonal",
         "rwalk": "continual.parts.penalty.rwalk:RWalk",
         "si": "continual.parts.penalty.si:SI",
     },

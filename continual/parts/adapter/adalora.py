@@ -122,6 +122,10 @@ class AdaLoRA(Part):
         self._pattern: Pattern = {}
         self._pruned: list[tuple[nn.Parameter, Tensor]] = []
 
+    @property
+    def stacks(self) -> bool:
+        return self.settings.across_tasks == "stack"
+
     def begin(self, context: Context, experience: Experience) -> None:
         """A fresh adapter, a fresh schedule from ``context.steps``, a fresh allocator.
 

@@ -1,7 +1,7 @@
 """LoRA over many tasks: the base stays frozen, low-rank factors learn.
 
-Source: Hu et al. 2021 (arXiv 2106.09685); the orthogonality-free half of O-LoRA (Wang et al. 2023, arXiv 2310.14152) is
-``stack``: one adapter a task, the earlier ones frozen and summed. The layers are PEFT's.
+Source: Hu et al. 2021 (arXiv 2106.09685). ``stack`` (one adapter a task, the earlier ones frozen and summed) is the IncLoRA
+of Wang et al. 2023 (arXiv 2310.14152), and with penalty ``orthogonal`` their O-LoRA. The layers are PEFT's.
 """
 
 from __future__ import annotations
@@ -73,6 +73,10 @@ class LoRA(Part):
     @property
     def settles(self) -> bool:
         return self.settings.across_tasks == "first"
+
+    @property
+    def stacks(self) -> bool:
+        return self.settings.across_tasks == "stack"
 
     def begin(self, context: Context, experience: Experience) -> None:
         """Make, keep, add or replace the adapter.
