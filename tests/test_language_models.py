@@ -100,7 +100,7 @@ def test_a_memory_of_text_forgets_less_than_none(stream: Path) -> None:
     assert ended["lm-lora-rehearsal"] > ended["lm-lora"] + 0.02
 
 
-@pytest.mark.parametrize("name", LANGUAGE)
+@pytest.mark.parametrize("name", [name for name in LANGUAGE if "lora" in name])
 def test_a_run_in_a_folder_exports_its_adapter(name: str, stream: Path, tmp_path: Path) -> None:
     result = run_cell(
         stream, name, out=tmp_path / "run", device="cpu", overrides={"training.epochs": 1}, progress=False

@@ -42,6 +42,7 @@ PARTS: dict[Slot, dict[str, str]] = {
         "agem": "continual.parts.projection.agem:AGEM",
         "gem": "continual.parts.projection.gem:GEM",
         "ogd": "continual.parts.projection.ogd:OGD",
+        "osf": "continual.parts.projection.osf:OSF",
     },
     "recall": {},
 }
