@@ -17,6 +17,8 @@ from continual.learner.trust import check_trusted, wishes
 from continual.parts.adapter.adalora import AdaLoRA
 from continual.parts.adapter.export import export_adapter
 from continual.parts.adapter.lora import LoRA
+from continual.parts.adapter.merging import Method
+from continual.randomness import Randomness
 from continual.state import load_state, save_state
 from continual.strategy import Strategy
 from continual.table import Table
@@ -45,11 +47,16 @@ class Saving(Core):
         self.processes.from_main(lambda: save_state(Path(folder), self._state(with_tests=True)))
         return Path(folder)
 
-    def export(self, folder: Path | str, *, max_rank: int | None = None) -> Path:
+    def export(
+        self, folder: Path | str, *, max_rank: int | None = None, merge: Method = "cat", density: float | None = None
+    ) -> Path:
         """Write what the adapters learnt as one plain LoRA folder that stock PEFT loads on the original base.
 
         Args:
             max_rank: refuse a rank above it, such as a server's limit.
+            merge: how the adapters of several experiences become one. ``cat`` is their exact sum; ``svd``, ``ties`` and
+                ``dare`` come down to ``max_rank``, and write the error that this makes into ``continual.json``.
+            density: share of entries that ``ties`` and ``dare`` keep.
 
         Raises:
             CompositionError: the strategy trains no adapter.
@@ -57,7 +64,19 @@ class Saving(Core):
         adapter = next((part for part in self.parts if isinstance(part, LoRA | AdaLoRA)), None)
         if adapter is None:
             raise CompositionError(f"strategy '{self.strategy.name}' trains no adapter: export() is for those that do.")
-        self.processes.from_main(lambda: str(export_adapter(self.model, adapter, Path(folder), max_rank=max_rank)))
+        self.processes.from_main(
+            lambda: str(
+                export_adapter(
+                    self.model,
+                    adapter,
+                    Path(folder),
+                    max_rank=max_rank,
+                    method=merge,
+                    density=density,
+                    generator=Randomness(self.seed).generator("merge"),
+                )
+            )
+        )
         return Path(folder)
 
     @classmethod

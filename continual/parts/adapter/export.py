@@ -1,8 +1,9 @@
 """All that the adapters of a model have learned, as one plain LoRA folder, which stock PEFT and vLLM read.
 
 Every adapter of every task (trained on, stacked or merged, LoRA or AdaLoRA) is folded to A and B with nothing beside
-them; the folds of one layer are put side by side along the rank, which sums them exactly. alpha equals the rank in
-every layer, so that the scaling is 1 also for a reader that knows one global rank only. A layer of rank 0 is no target.
+them; the folds of one layer are put side by side along the rank, which sums them exactly, or merged in another way
+(:mod:`~continual.parts.adapter.merging`). alpha equals the rank in every layer, so that the scaling is 1 also for a reader
+that knows one global rank only. A layer of rank 0 is no target.
 
 The folder is written beside its place, flushed and renamed. ``continual.json`` in it names the base model and its
 SHA-256, since PEFT loads an adapter on any base of the same shapes without a word.
@@ -17,13 +18,15 @@ import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from continual.errors import CompositionError, ModelError, StateError
+from continual.errors import CompositionError, ModelError, SpecError, StateError
 from continual.models.lowrank import Fold, fold, is_transposed, stack_folds
 from continual.parts.adapter.common import Adapters, transformer_of
+from continual.parts.adapter.merging import METHODS, Method, check_merge, merge
 from continual.parts.adapter.targets import shortest
 from continual.state import replace_folder, seal_folder
 
@@ -39,7 +42,16 @@ class Adapting(Protocol):
     def name(self) -> str: ...
 
 
-def export_adapter(model: nn.Module, part: Adapting, folder: Path, *, max_rank: int | None = None) -> Path:
+def export_adapter(
+    model: nn.Module,
+    part: Adapting,
+    folder: Path,
+    *,
+    max_rank: int | None = None,
+    method: Method = "cat",
+    density: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Path:
     """Write the sum of all adapters as a LoRA folder; returns ``folder``.
 
     Args:
@@ -47,9 +59,13 @@ def export_adapter(model: nn.Module, part: Adapting, folder: Path, *, max_rank: 
         part: its adapter part.
         folder: replaced where it is an earlier export; any other folder that holds files is left alone.
         max_rank: the highest rank that the reader can serve; ranks of stacked and merged tasks add up.
+        method: how the tasks are merged. ``cat`` is their exact sum; the others bring it to ``max_rank``, which they need,
+            and write their relative error against the sum into ``continual.json``.
+        density, generator: of the method (:func:`~continual.parts.adapter.merging.merge`).
 
     Raises:
-        CompositionError: there is nothing to export, or a layer's rank is above ``max_rank``.
+        CompositionError: there is nothing to export, or the exact sum's rank is above ``max_rank``.
+        SpecError: an unknown method, or one that lacks its ``max_rank``.
         StateError: the folder cannot be written, or is not ours to replace.
     """
     folds = total_folds(part.adapters)
@@ -58,10 +74,18 @@ def export_adapter(model: nn.Module, part: Adapting, folder: Path, *, max_rank: 
         raise CompositionError(
             f"{part.name} has learned nothing that could be exported: train at least one experience first."
         )
-    if max_rank is not None and highest > max_rank:
+    tasks, error = task_folds(part.adapters), 0.0
+    if method in METHODS and method != "cat" and max_rank is None:
+        raise SpecError(f"'{method}' leaves changes of full rank: give max_rank, or take 'cat'.")
+    check_merge(tasks, method, rank=max_rank, density=density, generator=generator)
+    if method != "cat":
+        merged = merge(tasks, method, rank=max_rank, density=density, generator=generator)
+        folds, error = merged.folds, merged.error
+    elif max_rank is not None and highest > max_rank:
         raise CompositionError(
             f"the folded adapter has rank {highest} and max_rank is {max_rank}: raise max_rank, train with a lower "
-            "rank or on fewer tasks, or use kind 'lora' with across_tasks 'continue', under which ranks do not add up."
+            "rank or on fewer tasks, use kind 'lora' with across_tasks 'continue', under which ranks do not add up, or "
+            "merge by 'svd', which approximates."
         )
     tensors = {}
     for layer, (A, B) in folds.items():
@@ -74,20 +98,23 @@ def export_adapter(model: nn.Module, part: Adapting, folder: Path, *, max_rank: 
         "base_model_sha256": getattr(model, "base_sha256", None),
         "adapters": len(part.adapters.merged) + len(part.adapters.names),
         "ranks": {layer: A.shape[0] for layer, (A, _) in folds.items()},
+        "merge": method,
+        "relative_error": error,
     }
     return _write(Path(folder).resolve(), tensors, lora_config(model, part.adapters, folds), record)
 
 
+def task_folds(adapters: Adapters) -> list[dict[str, Fold]]:
+    """Of every adapter, merged ones first: layer name → its fold, on the CPU."""
+    now = [{name: _cpu(fold(layer, adapter)) for name, layer in adapters.layers.items()} for adapter in adapters.names]
+    return [*adapters.merged, *now]
+
+
 def total_folds(adapters: Adapters) -> dict[str, Fold]:
     """Layer name → the sum of all its adapters, merged ones first, on the CPU; layers of rank 0 are left out."""
-    totals = {}
-    for name, layer in adapters.layers.items():
-        now = [fold(layer, adapter) for adapter in adapters.names]
-        folds = [folds[name] for folds in adapters.merged] + [(A.cpu(), B.cpu()) for A, B in now]
-        total = stack_folds(folds)
-        if total[0].shape[0]:
-            totals[name] = total
-    return totals
+    tasks = task_folds(adapters)
+    totals = {name: stack_folds([folds[name] for folds in tasks]) for name in adapters.layers}
+    return {name: total for name, total in totals.items() if total[0].shape[0]}
 
 
 def lora_config(model: nn.Module, adapters: Adapters, folds: dict[str, Fold]) -> dict[str, Any]:
@@ -156,6 +183,10 @@ def _write(folder: Path, tensors: dict[str, Any], config: dict[str, Any], record
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _cpu(folded: Fold) -> Fold:
+    return folded[0].cpu(), folded[1].cpu()
 
 
 def _inside(name: str, adapters: Adapters) -> bool:
