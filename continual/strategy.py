@@ -230,12 +230,12 @@ class Strategy:
             if sum(part.slot == slot for part in self.prototypes) > 1:
                 raise CompositionError(f"strategy '{self.name}' has two parts under '{slot}': there can be one.")
         for part in self.prototypes:
+            excluded = {**part.excludes, **part.refuses}
             for other in self.prototypes:
                 for key in (other.slot, f"{other.slot}/{other.kind}"):
-                    if other is not part and key in part.excludes:
+                    if other is not part and key in excluded:
                         raise CompositionError(
-                            f"strategy '{self.name}': {part.name} cannot be combined with {other.name}: "
-                            f"{part.excludes[key]}"
+                            f"strategy '{self.name}': {part.name} cannot be combined with {other.name}: {excluded[key]}"
                         )
         if self.backbone == "frozen" and any(part.slot == "adapter" for part in self.prototypes):
             raise CompositionError(

@@ -160,6 +160,11 @@ class Part:
         return False
 
     @property
+    def refuses(self) -> dict[str, str]:
+        """As ``excludes``, where it depends on the settings."""
+        return {}
+
+    @property
     def stacks(self) -> bool:
         """Whether it keeps the adapters of earlier experiences in the model, frozen and active."""
         return False

@@ -51,6 +51,7 @@ def export_adapter(
     method: Method = "cat",
     density: float | None = None,
     generator: torch.Generator | None = None,
+    only: int | None = None,
 ) -> Path:
     """Write the sum of all adapters as a LoRA folder; returns ``folder``.
 
@@ -62,19 +63,26 @@ def export_adapter(
         method: how the tasks are merged. ``cat`` is their exact sum; the others bring it to ``max_rank``, which they need,
             and write their relative error against the sum into ``continual.json``.
         density, generator: of the method (:func:`~continual.parts.adapter.merging.merge`).
+        only: the one adapter to export, from 0 in order of birth; None for all of them.
 
     Raises:
-        CompositionError: there is nothing to export, or the exact sum's rank is above ``max_rank``.
+        CompositionError: there is nothing to export, no such adapter, or the exact sum's rank is above ``max_rank``.
         SpecError: an unknown method, or one that lacks its ``max_rank``.
         StateError: the folder cannot be written, or is not ours to replace.
     """
-    folds = total_folds(part.adapters)
+    tasks, error = task_folds(part.adapters), 0.0
+    if only is not None:
+        if not 0 <= only < len(tasks):
+            raise CompositionError(
+                f"{part.name} has {len(tasks)} adapters and number {only} was asked for: count from 0."
+            )
+        tasks = tasks[only : only + 1]
+    folds = _summed(tasks)
     highest = max((A.shape[0] for A, _ in folds.values()), default=0)
     if highest == 0:
         raise CompositionError(
             f"{part.name} has learned nothing that could be exported: train at least one experience first."
         )
-    tasks, error = task_folds(part.adapters), 0.0
     if method in METHODS and method != "cat" and max_rank is None:
         raise SpecError(f"'{method}' leaves changes of full rank: give max_rank, or take 'cat'.")
     check_merge(tasks, method, rank=max_rank, density=density, generator=generator)
@@ -96,7 +104,7 @@ def export_adapter(
         "part": part.name,
         "base_model": _base_name(model),
         "base_model_sha256": getattr(model, "base_sha256", None),
-        "adapters": len(part.adapters.merged) + len(part.adapters.names),
+        "adapters": len(tasks),
         "ranks": {layer: A.shape[0] for layer, (A, _) in folds.items()},
         "merge": method,
         "relative_error": error,
@@ -112,9 +120,7 @@ def task_folds(adapters: Adapters) -> list[dict[str, Fold]]:
 
 def total_folds(adapters: Adapters) -> dict[str, Fold]:
     """Layer name → the sum of all its adapters, merged ones first, on the CPU; layers of rank 0 are left out."""
-    tasks = task_folds(adapters)
-    totals = {name: stack_folds([folds[name] for folds in tasks]) for name in adapters.layers}
-    return {name: total for name, total in totals.items() if total[0].shape[0]}
+    return _summed(task_folds(adapters))
 
 
 def lora_config(model: nn.Module, adapters: Adapters, folds: dict[str, Fold]) -> dict[str, Any]:
@@ -183,6 +189,12 @@ def _write(folder: Path, tensors: dict[str, Any], config: dict[str, Any], record
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _summed(tasks: list[dict[str, Fold]]) -> dict[str, Fold]:
+    names = dict.fromkeys(name for folds in tasks for name in folds)
+    totals = {name: stack_folds([folds[name] for folds in tasks]) for name in names}
+    return {name: total for name, total in totals.items() if total[0].shape[0]}
 
 
 def _cpu(folded: Fold) -> Fold:
