@@ -18,6 +18,9 @@ from continual.parts.adapter.adalora import AdaLoRA
 from continual.parts.adapter.export import export_adapter
 from continual.parts.adapter.lora import LoRA
 from continual.parts.adapter.merging import Method
+from continual.parts.adapter.prefix import Prefix
+from continual.parts.adapter.prompt import Prompt
+from continual.parts.adapter.virtual_export import export_virtual
 from continual.randomness import Randomness
 from continual.state import load_state, save_state
 from continual.strategy import Strategy
@@ -58,7 +61,8 @@ class Saving(Core):
     ) -> Path:
         """Write what the adapters learnt as one plain LoRA folder that stock PEFT loads on the original base.
 
-        Adapters that are kept apart go into one folder each, ``folder/0``, ``folder/1`` and so on.
+        A prompt or a prefix becomes PEFT's own. Adapters that are kept apart go into one folder each: ``folder/0``,
+        ``folder/1`` and so on.
 
         Args:
             max_rank: refuse a rank above it, such as a server's limit.
@@ -71,11 +75,18 @@ class Saving(Core):
             CompositionError: the strategy trains no adapter, or there is no such one.
             SpecError: a way to merge that is not there, or lacks what it needs.
         """
-        adapter = next((part for part in self.parts if isinstance(part, LoRA | AdaLoRA)), None)
+        adapter = next((part for part in self.parts if isinstance(part, LoRA | AdaLoRA | Prompt | Prefix)), None)
         if adapter is None:
             raise CompositionError(f"strategy '{self.strategy.name}' trains no adapter: export() is for those that do.")
+        if isinstance(adapter, Prompt | Prefix) and (max_rank, merge, density) != (None, "cat", None):
+            raise CompositionError(
+                f"{adapter.name} has no ranks and is not merged: leave max_rank, merge and density out."
+            )
 
         def write(target: Path, only: int | None) -> None:
+            if isinstance(adapter, Prompt | Prefix):
+                export_virtual(self.model, adapter, target, only=only)
+                return
             export_adapter(
                 self.model,
                 adapter,

@@ -10,6 +10,8 @@ PARTS: dict[Slot, dict[str, str]] = {
     "adapter": {
         "lora": "continual.parts.adapter.lora:LoRA",
         "adalora": "continual.parts.adapter.adalora:AdaLoRA",
+        "prompt": "continual.parts.adapter.prompt:Prompt",
+        "prefix": "continual.parts.adapter.prefix:Prefix",
     },
     "head": {
         "linear": "continual.parts.head.linear:LinearHead",

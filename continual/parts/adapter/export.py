@@ -102,14 +102,14 @@ def export_adapter(
     record = {
         "format": 1,
         "part": part.name,
-        "base_model": _base_name(model),
+        "base_model": base_name(model),
         "base_model_sha256": getattr(model, "base_sha256", None),
         "adapters": len(tasks),
         "ranks": {layer: A.shape[0] for layer, (A, _) in folds.items()},
         "merge": method,
         "relative_error": error,
     }
-    return _write(Path(folder).resolve(), tensors, lora_config(model, part.adapters, folds), record)
+    return write_folder(Path(folder).resolve(), tensors, lora_config(model, part.adapters, folds), record)
 
 
 def task_folds(adapters: Adapters) -> list[dict[str, Fold]]:
@@ -141,8 +141,8 @@ def lora_config(model: nn.Module, adapters: Adapters, folds: dict[str, Fold]) ->
         alpha_pattern=dict(pattern),
         fan_in_fan_out=all(is_transposed(layer.get_base_layer()) for layer in bases),
         bias="none",
-        task_type=_task_type(transformer),
-        base_model_name_or_path=_base_name(model),
+        task_type=task_type(transformer),
+        base_model_name_or_path=base_name(model),
         inference_mode=True,
     )
     content: dict[str, Any] = config.to_dict()
@@ -171,7 +171,12 @@ def check_base(folder: Path, base_sha256: str) -> None:
         )
 
 
-def _write(folder: Path, tensors: dict[str, Any], config: dict[str, Any], record: dict[str, Any]) -> Path:
+def write_folder(folder: Path, tensors: dict[str, Any], config: dict[str, Any], record: dict[str, Any]) -> Path:
+    """Write an adapter beside its place, flush it and rename it; returns ``folder``.
+
+    Raises:
+        StateError: the folder cannot be written, or is not ours to replace.
+    """
     if folder.exists() and not (folder / RECORD).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise StateError(f"'{folder}' holds something that is not an exported adapter: name a new or an empty folder.")
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
@@ -206,13 +211,15 @@ def _inside(name: str, adapters: Adapters) -> bool:
     return any(name.startswith(f"{layer}.") for layer in adapters.layers)
 
 
-def _base_name(model: nn.Module) -> str:
+def base_name(model: nn.Module) -> str:
+    """What the base model is called, or an empty string."""
     spec = getattr(model, "spec", None)
     named = spec.get("name") if isinstance(spec, dict) else None
     return str(named or getattr(getattr(transformer_of(model), "config", None), "_name_or_path", "") or "")
 
 
-def _task_type(transformer: nn.Module) -> str | None:
+def task_type(transformer: nn.Module) -> str | None:
+    """PEFT's word for what a language model does; None for any other."""
     name = type(transformer).__name__
     if name.endswith("ForCausalLM") or name.endswith("LMHeadModel"):
         return "CAUSAL_LM"
