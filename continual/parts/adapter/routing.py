@@ -66,8 +66,8 @@ class Router:
         self.adapters, self.wanted, self.prototypes = adapters, wanted, prototypes
         self.prototypes_PD = torch.empty(0, 0)
         self.place_P = torch.empty(0, dtype=torch.int64)
-        self.experiences: list[int] = []
-        self.owner: list[int] = []
+        self.experience_T = torch.empty(0, dtype=torch.int64)
+        self.owner_K = torch.empty(0, dtype=torch.int64)
         self.current_N = torch.empty(0, dtype=torch.int64)
 
     def begin(self, context: Context, experience: Experience) -> None:
@@ -78,11 +78,11 @@ class Router:
         """
         self.check(context)
         place = len(self.adapters.names) - 1
-        self.experiences.append(experience.index)
+        self.experience_T = torch.cat([self.experience_T, self.experience_T.new_tensor([experience.index])])
         if context.scenario == "task":
-            self.owner += [-1] * (max(experience.classes, default=-1) + 1 - len(self.owner))
-            for label in experience.classes:
-                self.owner[label] = place
+            more = max(experience.classes, default=-1) + 1 - len(self.owner_K)
+            self.owner_K = torch.cat([self.owner_K, self.owner_K.new_full((max(more, 0),), -1)])
+            self.owner_K[list(experience.classes)] = place
         table = experience.train
         self.current_N = table.column("row").cpu().sort().values if "row" in table.names else self.current_N[:0]
         if self.wanted == "features":
@@ -140,9 +140,8 @@ class Router:
                     "predict(rows, experience=0), or set routing to 'features'."
                 )
             features_bD = self.features(backbone, {name: column[unknown_b] for name, column in batch.items()})
-            self.prototypes_PD = self.prototypes_PD.to(features_bD.device)
             nearest_b = torch.cdist(features_bD, self.prototypes_PD).argmin(1)
-            place_B[unknown_b] = self.place_P.to(place_B.device)[nearest_b]
+            place_B[unknown_b] = self.place_P[nearest_b]
         return place_B
 
     @torch.no_grad()
@@ -168,32 +167,38 @@ class Router:
         return {
             "prototypes": self.prototypes_PD,
             "place": self.place_P,
-            "experiences": list(self.experiences),
-            "owner": list(self.owner),
+            "experience": self.experience_T,
+            "owner": self.owner_K,
             "current": self.current_N,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.prototypes_PD, self.place_P = state["prototypes"].clone(), state["place"].cpu().clone()
-        self.experiences = [int(index) for index in state["experiences"]]
-        self.owner, self.current_N = [int(place) for place in state["owner"]], state["current"].cpu().clone()
+        self.prototypes_PD, self.place_P = state["prototypes"].clone(), state["place"].clone()
+        self.experience_T, self.owner_K = state["experience"].clone(), state["owner"].clone()
+        self.current_N = state["current"].clone()
+
+    def _to(self, device: torch.device) -> None:
+        """Move what is looked up to the rows' device, once."""
+        if self.place_P.device != device or self.experience_T.device != device or self.current_N.device != device:
+            for name in ("prototypes_PD", "place_P", "experience_T", "owner_K", "current_N"):
+                setattr(self, name, getattr(self, name).to(device))
 
     def _known(self, batch: Batch) -> Tensor:
         """The place of each row's adapter as far as it is given, int64 (B,), else -1; no sync."""
         first = next(iter(batch.values()))
+        self._to(first.device)
         place_B = torch.full((len(first),), -1, dtype=torch.int64, device=first.device)
-        if self.owner and "labels" in batch:
-            owner_K = torch.tensor([*self.owner, -1], device=first.device)
+        if len(self.owner_K) and "labels" in batch:
             labels_B = batch["labels"]
-            inside_B = (labels_B >= 0) & (labels_B < len(self.owner))
-            place_B = owner_K[torch.where(inside_B, labels_B, len(self.owner))]
+            inside_B = (labels_B >= 0) & (labels_B < len(self.owner_K))
+            place_B = torch.where(inside_B, self.owner_K[labels_B.clamp(0, len(self.owner_K) - 1)], -1)
         if "experience" in batch:
-            given_BT = batch["experience"][:, None] == torch.tensor(self.experiences, device=first.device)
+            given_BT = batch["experience"][:, None] == self.experience_T
             place_B = torch.where(given_BT.any(1), given_BT.int().argmax(1), place_B)
         if len(self.current_N) and "row" in batch:
-            current_N, row_B = self.current_N.to(first.device), batch["row"]
-            at_B = torch.searchsorted(current_N, row_B).clamp(max=len(current_N) - 1)
-            place_B = torch.where(current_N[at_B] == row_B, len(self.adapters.names) - 1, place_B)
+            row_B = batch["row"]
+            at_B = torch.searchsorted(self.current_N, row_B).clamp(max=len(self.current_N) - 1)
+            place_B = torch.where(self.current_N[at_B] == row_B, len(self.adapters.names) - 1, place_B)
         return place_B
 
     def _add_prototypes(self, context: Context, experience: Experience, place: int) -> None:
@@ -204,9 +209,10 @@ class Router:
             for batch in context.batches(experience.train, limit=_ROWS, generator=generator)
         ]
         centres_pD = _centres(torch.cat(found), self.prototypes, generator)
-        held_PD = self.prototypes_PD.to(centres_pD.device) if len(self.prototypes_PD) else centres_pD[:0]
+        self._to(centres_pD.device)
+        held_PD = self.prototypes_PD if len(self.prototypes_PD) else centres_pD[:0]
         self.prototypes_PD = torch.cat([held_PD, centres_pD])
-        self.place_P = torch.cat([self.place_P, torch.full((len(centres_pD),), place, dtype=torch.int64)])
+        self.place_P = torch.cat([self.place_P, self.place_P.new_full((len(centres_pD),), place)])
 
 
 def _run(backbone: nn.Module, batch: Batch) -> Tensor:
