@@ -13,9 +13,10 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from continual.errors import CompositionError, SpecError, quoted, unknown
 from continual.library import find_spec
-from continual.objective import Competition, Objective
-from continual.parts.part import SLOTS, Part, Slot
+from continual.objective import Competition, Criterion, Objective
+from continual.parts.part import SLOTS, Part, Slot, check_criterion
 from continual.parts.registry import PARTS, part_class
+from continual.parts.replay.store import KeepsRows
 from continual.spec import Spec, parse, read_yaml
 
 Data = Literal["experience", "cumulative", "joint"]
@@ -44,6 +45,8 @@ class Training(Spec):
         active: which classes compete in training: ``seen``, ``experience``, ``all`` or ``asymmetric``
             (:func:`~continual.objective.active_classes`); None takes ``experience`` in the task scenario and ``seen``
             elsewhere.
+        loss: of a classification: ``cross-entropy`` of a softmax over the classes that compete, or ``binary``, a sigmoid for
+            each of them (:func:`~continual.objective.loss_rows`).
         fresh_optimizer: forget the optimiser's state at each experience.
     """
 
@@ -61,6 +64,7 @@ class Training(Spec):
     warmup: float = Field(0.0, ge=0, lt=1)
     precision: Literal["fp32", "bf16"] = "fp32"
     active: Competition | None = None
+    loss: Criterion = "cross-entropy"
     fresh_optimizer: bool = False
     early_stopping: EarlyStopping | None = None
 
@@ -194,6 +198,11 @@ class Strategy:
                     f"{part.name} needs a model that gives features, and this one gives logits itself: take 'mlp' or a "
                     f"pretrained model, or leave {part.slot} out{by_hand}."
                 )
+        if self.training.loss == "binary" and objective != "classification":
+            raise CompositionError(
+                f"training.loss: binary is a sigmoid for each class and the objective is {objective}: leave it out (--set "
+                "training.loss=cross-entropy)."
+            )
         if self.training.head_lr is not None and not gives_features:
             raise CompositionError(
                 "training.head_lr is the rate of a head of ours, and this model gives logits itself: leave it out (--set "
@@ -229,6 +238,13 @@ class Strategy:
         for slot in SINGLE:
             if sum(part.slot == slot for part in self.prototypes) > 1:
                 raise CompositionError(f"strategy '{self.name}' has two parts under '{slot}': there can be one.")
+        for part in self.prototypes:
+            check_criterion(part, self.training.loss)
+            if part.needs_stored_rows and not any(isinstance(other, KeepsRows) for other in self.prototypes):
+                raise CompositionError(
+                    f"strategy '{self.name}': {part.name} reads the rows that a memory keeps, and there is none: add replay: "
+                    "{kind: rehearsal, select: herding}."
+                )
         for part in self.prototypes:
             for other in self.prototypes:
                 for key in (other.slot, f"{other.slot}/{other.kind}"):
