@@ -17,6 +17,7 @@ PARTS: dict[Slot, dict[str, str]] = {
         "slda": "continual.parts.head.slda:SLDAHead",
         "ridge": "continual.parts.head.ridge:RidgeHead",
         "klda": "continual.parts.head.klda:KLDAHead",
+        "vae-classifier": "continual.parts.head.vae_classifier:VaeClassifierHead",
         "exemplar-means": "continual.parts.head.exemplar_means:ExemplarMeansHead",
     },
     "replay": {

@@ -9,6 +9,9 @@ experience began, whether the row is new or replayed; its new classes have its l
 The objective is Σ BCE(z_k, [k = y]) over all classes that compete. BCE is linear in its target, so what is added here is
 Σ_old ([k = y] − q_k) z_k where the class competes, and BCE(z_k, q_k) where it does not (another task's, in ``task``).
 
+``temperature`` T makes it q_k = sigmoid(old_k / T), with T = 2 in the repository of van de Ven et al. 2022 (GMvandeVen/
+continual-learning), whose iCaRL this reproduces.
+
 The paper has new classes only. A class that the experience brings again is learnt from its labels and not held: under
 ``domain``, where every experience brings all classes, nothing is left to distil.
 
@@ -20,6 +23,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,9 +37,14 @@ from continual.table import IGNORED, Batch
 
 
 class BinaryDistillationSettings(Spec):
-    """Settings of :class:`BinaryDistillation`: none, as in the paper."""
+    """Settings of :class:`BinaryDistillation`.
+
+    Attributes:
+        temperature: what the old model's logits are divided by before the sigmoid; 1 in the paper.
+    """
 
     kind: Literal["binary"] = "binary"
+    temperature: float = Field(default=1.0, gt=0)
 
 
 class BinaryDistillation(Part):
@@ -71,7 +80,7 @@ class BinaryDistillation(Part):
         if self._index is None:
             self._index = torch.tensor(self._old, device=labels_B.device)
         index_O, active = self._index, context.active(batch)
-        target_BO = _of(self.teacher(context, batch), index_O).sigmoid()
+        target_BO = (_of(self.teacher(context, batch), index_O) / self.settings.temperature).sigmoid()
         logits_BO = _of(output, index_O)
         competes_BO = (labels_B != IGNORED)[:, None].expand(-1, len(index_O))
         if active is not None:
