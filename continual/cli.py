@@ -76,6 +76,7 @@ def run_command(
         save_every=save_every,
         track=track,
         on_update=lambda update: print(update, end="\n\n", flush=True),
+        on_note=lambda note: print(f"note: {note}", end="\n\n", flush=True),
     )
     processes = Processes(resolve_device(device))
     page = processes.from_main(lambda: str(write_run_figures(out)))
@@ -104,6 +105,8 @@ def study_command(
 
     study = Study.load(file)
     folder = out or Path("runs") / (file.parent.name if file.stem == "study" else file.stem)
+    for note in study.notes():
+        print(f"note: {note}", flush=True)
     outcomes = run_study(study, folder, workers=workers, data=data, device=device)
     table = folder / "report.md"
     if table.is_file():
