@@ -129,14 +129,17 @@ def report_command(
     folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders with runs below them.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option("--title", help="Its title.")] = "What is still known",
+    tables: Annotated[
+        bool, typer.Option("--tables", help="Also results.csv, significance.csv and a LaTeX table beside the page.")
+    ] = False,
 ) -> None:
     """Write one self-contained page about runs, and print their table."""
-    from continual.report import load_failures, load_results, markdown_table, write_page
+    from continual.report import load_failures, load_results, markdown_table, write_page, write_tables
 
     results = load_results(folders)
     write_page(results, out, title, failures=load_failures(folders))
     print(markdown_table(results))
-    print(out)
+    print(" · ".join(map(str, [out, *(write_tables(results, out.parent, out.stem) if tables else [])])))
 
 
 @app.command("list")
