@@ -95,6 +95,7 @@ class StrategySpec(Spec):
     backbone: Literal["train", "frozen"] = "train"
     data: Data = "experience"
     training: Training = Training()
+    tuned: dict[str, Any] | None = None
 
 
 class Strategy:
@@ -106,6 +107,7 @@ class Strategy:
         backbone: ``frozen`` trains nothing but the head.
         data: ``experience`` trains on the rows that arrive; ``cumulative`` on all rows so far; ``joint`` once on the
             whole stream. The last two are bounds to compare with.
+        tuned: how its settings were chosen, as ``continual tune`` writes it down; it changes nothing.
 
     Raises:
         SpecError: a setting that is not allowed.
@@ -121,8 +123,10 @@ class Strategy:
         data: Data = "experience",
         summary: str = "",
         source: str = "",
+        tuned: Mapping[str, Any] | None = None,
     ) -> None:
         self.name, self.summary, self.source = name, summary, source
+        self.tuned = None if tuned is None else dict(tuned)
         self.backbone, self.data = backbone, data
         given = training if isinstance(training, Training) else dict(training or {})
         self.training = parse(Training, given, f"strategy '{name}', training")
@@ -176,6 +180,7 @@ class Strategy:
             data=spec.data,
             summary=spec.summary,
             source=spec.source,
+            tuned=spec.tuned,
         )
 
     def make_parts(self) -> list[Part]:
@@ -227,11 +232,11 @@ class Strategy:
             if settings:
                 content[slot] = settings[0] if len(settings) == 1 else settings
         content.update(backbone=self.backbone, data=self.data, training=self.training.model_dump(mode="json"))
-        return content
+        return content if self.tuned is None else {**content, "tuned": dict(self.tuned)}
 
     def fingerprint(self) -> str:
-        """SHA-256 of all settings; the name and the summary do not count."""
-        content = {key: value for key, value in self.to_dict().items() if key not in ("summary", "source")}
+        """SHA-256 of all settings; the name, the summary and how they were chosen do not count."""
+        content = {key: value for key, value in self.to_dict().items() if key not in ("summary", "source", "tuned")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def _check_parts(self) -> None:
