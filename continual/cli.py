@@ -76,6 +76,7 @@ def run_command(
         save_every=save_every,
         track=track,
         on_update=lambda update: print(update, end="\n\n", flush=True),
+        on_note=lambda note: print(f"note: {note}", end="\n\n", flush=True),
     )
     processes = Processes(resolve_device(device))
     page = processes.from_main(lambda: str(write_run_figures(out)))
@@ -104,6 +105,8 @@ def study_command(
 
     study = Study.load(file)
     folder = out or Path("runs") / (file.parent.name if file.stem == "study" else file.stem)
+    for note in study.notes():
+        print(f"note: {note}", flush=True)
     outcomes = run_study(study, folder, workers=workers, data=data, device=device)
     table = folder / "report.md"
     if table.is_file():
@@ -126,14 +129,89 @@ def report_command(
     folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders with runs below them.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option("--title", help="Its title.")] = "What is still known",
+    tables: Annotated[
+        bool, typer.Option("--tables", help="Also results.csv, significance.csv and a LaTeX table beside the page.")
+    ] = False,
 ) -> None:
     """Write one self-contained page about runs, and print their table."""
-    from continual.report import load_failures, load_results, markdown_table, write_page
+    from continual.report import load_failures, load_results, markdown_table, write_page, write_tables
 
     results = load_results(folders)
     write_page(results, out, title, failures=load_failures(folders))
     print(markdown_table(results))
-    print(out)
+    print(" · ".join(map(str, [out, *(write_tables(results, out.parent, out.stem) if tables else [])])))
+
+
+@app.command("tune")
+def tune_command(
+    stream: Annotated[str, typer.Argument(help="A stream of `continual list`, or a YAML file.")],
+    strategy: Annotated[str, typer.Argument(help="A strategy of `continual list`, or a YAML file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the trials and tuned.yaml.")],
+    search: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--search",
+            help="A setting and its values, such as training.lr=log:1e-5:1e-2 (or uniform:0.1:0.9, int:1:10, "
+            "choice:sgd,adam), or a YAML file of them. Repeatable. Default: the strategy's rates, strengths and shares.",
+        ),
+    ] = None,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Trials in all, those made before included.")] = 20,
+    timeout: Annotated[
+        float | None, typer.Option("--timeout", min=0, help="Seconds after which no further trial begins.")
+    ] = None,
+    experiences: Annotated[int, typer.Option("--experiences", min=1, help="How many, from the first on.")] = 3,
+    valid_share: Annotated[
+        float,
+        typer.Option("--valid-share", min=0.01, max=0.9, help="Of the training rows, where there are no valid ones."),
+    ] = 0.2,
+    seed: Annotated[int, typer.Option("--seed", help="Root of every random draw.")] = 0,
+    data: Data = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="HF name or folder, mlp, or package.module:Class.")
+    ] = None,
+    scenario: Annotated[
+        str | None, typer.Option("--scenario", help="task, domain or class; default: the stream's.")
+    ] = None,
+    device: Device = "auto",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting that all trials have, as for `run`. Repeatable.")
+    ] = None,
+) -> None:
+    """Choose a strategy's settings on valid rows of the first experiences, never on test rows; the same command goes on."""
+    from continual.tune import tune
+
+    def show(trial: Any) -> None:
+        score = "failed" if trial.score is None else f"{trial.score:.4f}"
+        chosen = "  ".join(f"{key}={value}" for key, value in trial.settings.items())
+        more = f" ({trial.message})" if trial.message else ""
+        print(f"trial {trial.number} of {trials}: {score}  {chosen}{more}", flush=True)
+
+    found = tune(
+        stream,
+        strategy,
+        out=out,
+        search=search or (),
+        trials=trials,
+        timeout=timeout,
+        experiences=experiences,
+        share=valid_share,
+        seed=seed,
+        data=data,
+        model=model,
+        scenario=scenario,  # type: ignore[arg-type]
+        device=device,
+        overrides=_settings(settings),
+        on_trial=show,
+    )
+    more = "" if found.finished else f" The time was up after {len(found.trials)} trials; the same command goes on."
+    print(f"\n{found.statement}{more}")
+    own = found.trials[0].score
+    print(
+        f"Best is trial {found.best.number}: {found.best.score:.4f}; the strategy as it is: "
+        f"{'failed' if own is None else f'{own:.4f}'}. The best of {len(found.trials)} reads too high: measure it with "
+        f"`continual run {stream} {found.path} -o FOLDER`."
+    )
+    print(found.path)
 
 
 @app.command("list")

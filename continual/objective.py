@@ -16,6 +16,7 @@ from continual.table import IGNORED, Batch
 
 Objective = Literal["classification", "regression", "causal-lm", "seq2seq"]
 Competition = Literal["seen", "experience", "all", "asymmetric"]
+Criterion = Literal["cross-entropy", "binary"]
 
 PRIMARY = {
     "classification": "accuracy",
@@ -26,20 +27,30 @@ PRIMARY = {
 """What the first score of each objective is called."""
 
 
-def loss_rows(objective: Objective, logits: Tensor, batch: Batch, active: Tensor | None = None) -> Tensor:
+def loss_rows(
+    objective: Objective,
+    logits: Tensor,
+    batch: Batch,
+    active: Tensor | None = None,
+    criterion: Criterion = "cross-entropy",
+) -> Tensor:
     """Loss of each row, float (B,).
 
     Args:
         logits: (B, K) for classification and regression, (B, T, V) for language models.
         batch: its ``labels`` are int64 (B,), float (B,) or (B, K), or int64 (B, T); ``-100`` counts for nothing.
         active: bool (K,) or (B, K), the classes that compete; None when all do.
+        criterion: of a classification.
 
-    Classification: cross-entropy. Regression: mean squared error over the outputs. Language models: mean cross-entropy
-    over the row's counted tokens (for ``causal-lm`` each token is predicted from those before it). Logits of half precision
-    are taken to float32 first.
+    Classification: cross-entropy of a softmax, or with ``binary`` that of a sigmoid for each class that competes, summed
+    over them (as in Rebuffi et al. 2017, arXiv 1611.07725, algorithm 3). Regression: mean squared error over the outputs.
+    Language models: mean cross-entropy over the row's counted tokens (for ``causal-lm`` each token is predicted
+    from those before it). Logits of half precision are taken to float32 first.
     """
     labels, logits = batch["labels"], _full(logits)
     if objective == "classification":
+        if criterion == "binary":
+            return _binary_losses(logits, labels, active)
         return F.cross_entropy(mask_logits(logits, active), labels, reduction="none", ignore_index=IGNORED)
     if objective == "regression":
         return (_outputs(logits) - _targets(labels, logits)).square().mean(1)
@@ -108,6 +119,13 @@ def active_classes(
     if competition == "seen" and not all_seen:
         return owner_K >= 0
     return None
+
+
+def _binary_losses(logits_BK: Tensor, labels_B: Tensor, active: Tensor | None) -> Tensor:
+    wanted_BK = (labels_B[:, None] == torch.arange(logits_BK.shape[1], device=logits_BK.device)).to(logits_BK.dtype)
+    losses_BK = F.binary_cross_entropy_with_logits(logits_BK, wanted_BK, reduction="none")
+    counted_B1 = (labels_B != IGNORED)[:, None]
+    return (losses_BK * (counted_B1 if active is None else counted_B1 & active)).sum(1)
 
 
 def _full(logits: Tensor) -> Tensor:

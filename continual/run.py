@@ -30,6 +30,7 @@ from continual.strategy import Strategy
 from continual.streams.experience import Scenario
 from continual.streams.spec import read_stream_spec
 from continual.streams.stream import Stream
+from continual.suitability import unsuited
 
 SAVE_EVERY = 500
 
@@ -51,6 +52,7 @@ def run_cell(
     track: str | None = None,
     progress: bool | None = None,
     on_update: Callable[[Update], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Run a strategy over a stream and write ``out/result.json``; returns its content.
 
@@ -60,6 +62,8 @@ def run_cell(
         overrides: dotted key of the strategy → value; they become part of its name.
         strategy_name: what reports call it instead.
         on_update: called with each :class:`~continual.learner.update.Update`, in the main process.
+        on_note: called before the training with what should be known of it, in the main process; it is among the result's
+            notes as well.
 
     Raises:
         CompositionError: parts that cannot work on this objective or model; no data has been read.
@@ -101,6 +105,11 @@ def run_cell(
             out, base, chosen, seed, resume, device=device, save_every=save_every, track=track, progress=progress
         )
         processes.from_main(lambda: write_text(out / "run.json", json.dumps(request, indent=1)))
+        note = unsuited(chosen, loaded.scenario, loaded.objective, None if loaded.open else len(loaded))
+        if note is not None:
+            learner.notes += [] if note in learner.notes else [note]
+            if on_note is not None and processes.is_main:
+                on_note(note)
         try:
             run = learner.run(loaded, on_update=on_update if processes.is_main else None)
         except ContinualError:

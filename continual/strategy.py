@@ -14,9 +14,10 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from continual.errors import CompositionError, SpecError, quoted, unknown
 from continual.library import find_spec
-from continual.objective import Competition, Objective
-from continual.parts.part import SLOTS, Part, Slot
+from continual.objective import Competition, Criterion, Objective
+from continual.parts.part import SLOTS, Part, Slot, check_criterion
 from continual.parts.registry import PARTS, part_class
+from continual.parts.replay.store import KeepsRows
 from continual.spec import Spec, parse, read_yaml
 
 Data = Literal["experience", "cumulative", "joint"]
@@ -45,6 +46,8 @@ class Training(Spec):
         active: which classes compete in training: ``seen``, ``experience``, ``all`` or ``asymmetric``
             (:func:`~continual.objective.active_classes`); None takes ``experience`` in the task scenario and ``seen``
             elsewhere.
+        loss: of a classification: ``cross-entropy`` of a softmax over the classes that compete, or ``binary``, a sigmoid for
+            each of them (:func:`~continual.objective.loss_rows`).
         fresh_optimizer: forget the optimiser's state at each experience.
     """
 
@@ -62,6 +65,7 @@ class Training(Spec):
     warmup: float = Field(0.0, ge=0, lt=1)
     precision: Literal["fp32", "bf16"] = "fp32"
     active: Competition | None = None
+    loss: Criterion = "cross-entropy"
     fresh_optimizer: bool = False
     early_stopping: EarlyStopping | None = None
 
@@ -92,6 +96,7 @@ class StrategySpec(Spec):
     backbone: Literal["train", "frozen"] = "train"
     data: Data = "experience"
     training: Training = Training()
+    tuned: dict[str, Any] | None = None
 
 
 class Strategy:
@@ -103,6 +108,7 @@ class Strategy:
         backbone: ``frozen`` trains nothing but the head.
         data: ``experience`` trains on the rows that arrive; ``cumulative`` on all rows so far; ``joint`` once on the
             whole stream. The last two are bounds to compare with.
+        tuned: how its settings were chosen, as ``continual tune`` writes it down; it changes nothing.
 
     Raises:
         SpecError: a setting that is not allowed.
@@ -118,8 +124,10 @@ class Strategy:
         data: Data = "experience",
         summary: str = "",
         source: str = "",
+        tuned: Mapping[str, Any] | None = None,
     ) -> None:
         self.name, self.summary, self.source = name, summary, source
+        self.tuned = None if tuned is None else dict(tuned)
         self.backbone, self.data = backbone, data
         given = training if isinstance(training, Training) else dict(training or {})
         self.training = parse(Training, given, f"strategy '{name}', training")
@@ -173,6 +181,7 @@ class Strategy:
             data=spec.data,
             summary=spec.summary,
             source=spec.source,
+            tuned=spec.tuned,
         )
 
     def make_parts(self) -> list[Part]:
@@ -195,6 +204,11 @@ class Strategy:
                     f"{part.name} needs a model that gives features, and this one gives logits itself: take 'mlp' or a "
                     f"pretrained model, or leave {part.slot} out{by_hand}."
                 )
+        if self.training.loss == "binary" and objective != "classification":
+            raise CompositionError(
+                f"training.loss: binary is a sigmoid for each class and the objective is {objective}: leave it out (--set "
+                "training.loss=cross-entropy)."
+            )
         if self.training.head_lr is not None and not gives_features:
             raise CompositionError(
                 "training.head_lr is the rate of a head of ours, and this model gives logits itself: leave it out (--set "
@@ -219,17 +233,24 @@ class Strategy:
             if settings:
                 content[slot] = settings[0] if len(settings) == 1 else settings
         content.update(backbone=self.backbone, data=self.data, training=self.training.model_dump(mode="json"))
-        return content
+        return content if self.tuned is None else {**content, "tuned": dict(self.tuned)}
 
     def fingerprint(self) -> str:
-        """SHA-256 of all settings; the name and the summary do not count."""
-        content = {key: value for key, value in self.to_dict().items() if key not in ("summary", "source")}
+        """SHA-256 of all settings; the name, the summary and how they were chosen do not count."""
+        content = {key: value for key, value in self.to_dict().items() if key not in ("summary", "source", "tuned")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def _check_parts(self) -> None:
         for slot in SINGLE:
             if sum(part.slot == slot for part in self.prototypes) > 1:
                 raise CompositionError(f"strategy '{self.name}' has two parts under '{slot}': there can be one.")
+        for part in self.prototypes:
+            check_criterion(part, self.training.loss)
+            if part.needs_stored_rows and not any(isinstance(other, KeepsRows) for other in self.prototypes):
+                raise CompositionError(
+                    f"strategy '{self.name}': {part.name} reads the rows that a memory keeps, and there is none: take "
+                    "replay: {kind: rehearsal, select: herding}."
+                )
         for part in self.prototypes:
             excluded = {**part.excludes, **part.refuses}
             for other in self.prototypes:

@@ -19,6 +19,7 @@ STRATEGIES = [name for name in library_names("strategies") if name not in TOKENS
 SMALL: dict[str, Any] = {"training.batch_size": 8, "training.lr": 0.05}
 
 SMALL_REPLAY: dict[str, Any] = {"capacity": 20, "per_class": None, "hidden": [16], "latent": 4, "threshold": 0.0}
+SMALL_HEAD: dict[str, Any] = {"dimension": 60, "iterations": 40, "hidden": [16], "latent": 4, "samples": 5}
 
 
 def small(name: str) -> Strategy:
@@ -26,12 +27,10 @@ def small(name: str) -> Strategy:
     strategy = Strategy.load(name)
     overrides = dict(SMALL)
     overrides["training.epochs"] = 2
-    if any("dimension" in type(part.settings).model_fields for part in strategy.prototypes):
-        overrides["head.dimension"] = 60
     for part in strategy.prototypes:
-        if part.slot == "replay":
-            known = type(part.settings).model_fields
-            overrides |= {f"replay.{key}": value for key, value in SMALL_REPLAY.items() if key in known}
+        known = type(part.settings).model_fields
+        sizes = {"replay": SMALL_REPLAY, "head": SMALL_HEAD}.get(part.slot, {})
+        overrides |= {f"{part.slot}.{key}": value for key, value in sizes.items() if key in known}
     if any(part.name == "adapter/adalora" for part in strategy.prototypes):
         overrides |= {"adapter.init_rank": 4, "adapter.target_rank": 2}
     return Strategy.load(name, overrides=overrides)

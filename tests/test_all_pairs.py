@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "replay/generative": {"hidden": [16], "latent": 4, "threshold": 0.0},
     "adapter/prompt": {"tokens": 3},
     "adapter/prefix": {"tokens": 3},
+    "head/vae-classifier": {"hidden": [16], "latent": 4},
     "projection/gem": {"capacity": 20},
     "projection/agem": {"capacity": 20},
 }
@@ -41,6 +42,9 @@ TOKENS = {"adapter/prompt", "adapter/prefix"}
 """They need rows of tokens."""
 
 IMPOSSIBLE = {
+    *product(["head/vae-classifier"], [kind for kind in KINDS if kind.split("/")[0] != "head"]),
+    *product(["head/exemplar-means"], ["replay/generative", "replay/gaussian"]),
+    *product(["distillation/binary"], ["penalty/ewc", "penalty/rwalk"]),
     *product(
         CLOSED_FORM,
         [kind for kind in KINDS if kind.split("/")[0] in ("replay", "penalty", "distillation", "projection")],
@@ -66,6 +70,10 @@ def composed(*names: str) -> dict[str, Any]:
             content["adapter"]["across_tasks"] = "first"
         elif not any(name.startswith("adapter/") for name in names):
             content["backbone"] = "frozen"
+    if "distillation/binary" in names:
+        content["training"]["loss"] = "binary"
+    if "head/exemplar-means" in names:
+        content.setdefault("replay", {"kind": "rehearsal", "select": "herding", "capacity": 20})
     if "penalty/orthogonal" in names and TOKENS.isdisjoint(names):
         content["adapter"] = {**content.get("adapter", {"kind": "lora", "rank": 2}), "across_tasks": "stack"}
     return content

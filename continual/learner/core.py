@@ -177,6 +177,7 @@ class Core:
             objective=self.objective,
             scenario=self.scenario,
             competition=competition,
+            criterion=training.loss,
             device=self.device,
             randomness=self.randomness,
             autocast=self._bf16 if training.precision == "bf16" else nullcontext,

@@ -36,7 +36,8 @@ class Model(nn.Module):
         base_sha256: of the weights of the pretrained base, or None.
 
     Attributes:
-        head: set by the head's part; gives logits (B, K) from features (B, D).
+        head: set by the head's part; gives logits (B, K) from features (B, D). One that ``reads_inputs`` gets the rows'
+            own inputs, flattened, in the place of features.
         adapter_replaced: set by an adapter's part: whether its parameters live for one experience only, so that nothing
             can be anchored to them.
         router: set by an adapter's part that keeps several apart: calls the backbone, each row with its own adapter.
@@ -77,7 +78,8 @@ class Model(nn.Module):
             raise ModelError(
                 "the model gives features and has no head: name one in the strategy, such as head: {kind: linear}."
             )
-        features_BD = self._run(batch)
+        past = getattr(self.head, "reads_inputs", False)
+        features_BD: Tensor = batch["inputs"].flatten(1).float() if past else self._run(batch)
         return Output(self.head(features_BD), features_BD)
 
     def _run(self, batch: Batch) -> Tensor:

@@ -12,7 +12,12 @@ learnt (Rybkin et al. 2021, arXiv 2006.13202).
 The class enters the first layer of each side as a vector that is added, so that a new class adds a row and changes
 nothing for those that are there.
 
-Letters: B rows, I values in a row, K classes, Z latent values.
+The likelihood of a row itself is estimated by importance sampling (Rezende et al. 2014, arXiv 1401.4082, eq. 17 of its
+appendix; Burda et al. 2016, arXiv 1509.00519):
+
+    log p(x|y) ≈ log 1/S Σ_s p(x|z_s,y) N(z_s; 0, I) / q(z_s|x,y),    z_s drawn from q(z|x,y)
+
+Letters: B rows, I values in a row, K classes, S importance samples, Z latent values.
 """
 
 from __future__ import annotations
@@ -26,6 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Likelihood = Literal["bernoulli", "gaussian"]
+BLOCK = 2**22
+"""Values that are decoded at once for the likelihood of rows."""
 
 
 class ConditionalVAE(nn.Module):
@@ -86,7 +93,7 @@ class ConditionalVAE(nn.Module):
         return mean_BZ, log_variance_BZ
 
     def decode(self, latent_BZ: Tensor, labels_B: Tensor) -> Tensor:
-        """Logits (``bernoulli``) or means (``gaussian``) of rows, (B, I)."""
+        """Logits (``bernoulli``) or means (``gaussian``) of rows, (B, I); with more axes in front, (..., B, I)."""
         values = self.decoder[0](latent_BZ) + self.seen_by_decoder[labels_B]
         for layer in list(self.decoder)[1:]:
             values = layer(F.relu(values))
@@ -103,19 +110,41 @@ class ConditionalVAE(nn.Module):
         """
         mean_BZ, log_variance_BZ = self.encode(rows_BI, labels_B)
         out_BI = self.decode(mean_BZ + noise_BZ * (0.5 * log_variance_BZ).exp(), labels_B)
-        if self.log_variance is None:
-            missing_B = F.binary_cross_entropy_with_logits(out_BI, rows_BI, reduction="none").sum(1)
-        else:
-            squares_BI = (rows_BI - out_BI).square() * (-self.log_variance).exp()
-            missing_B = 0.5 * (squares_BI + self.log_variance + math.log(2 * math.pi)).sum(1)
+        missing_B = self._missing(out_BI, rows_BI)
         kl_B = 0.5 * (mean_BZ.square() + log_variance_BZ.exp() - 1 - log_variance_BZ).sum(1)
         return missing_B, kl_B
+
+    @torch.no_grad()
+    def log_likelihood(self, rows_BI: Tensor, labels_B: Tensor, noise_SZ: Tensor) -> Tensor:
+        """log p(x|y) of each row in nats, (B,), by importance sampling.
+
+        Args:
+            rows_BI: float (B, I), in [0, 1] for ``bernoulli``.
+            labels_B: int64 (B,) below K.
+            noise_SZ: standard normal; every row has these same draws, which for the row alone are draws like any other.
+        """
+        mean_BZ, log_variance_BZ = self.encode(rows_BI, labels_B)
+        deviation_BZ = (0.5 * log_variance_BZ).exp()
+        found = []
+        for noise_s1Z in torch.split(noise_SZ[:, None], max(1, BLOCK // max(rows_BI.numel(), 1))):
+            latent_sBZ = mean_BZ + noise_s1Z * deviation_BZ
+            ratio_sB = 0.5 * (noise_s1Z.square() + log_variance_BZ - latent_sBZ.square()).sum(-1)
+            found.append(ratio_sB - self._missing(self.decode(latent_sBZ, labels_B), rows_BI))
+        return torch.cat(found).logsumexp(0) - math.log(len(noise_SZ))
 
     @torch.no_grad()
     def sample(self, labels_B: Tensor, noise_BZ: Tensor) -> Tensor:
         """Rows of these classes, float (B, I): the mean of p(x|z,y) at z = noise."""
         out_BI = self.decode(noise_BZ, labels_B)
         return out_BI.sigmoid() if self.log_variance is None else out_BI
+
+    def _missing(self, out_BI: Tensor, rows_BI: Tensor) -> Tensor:
+        """−log p(x|z,y) of rows, (..., B), from what the decoder gives, (..., B, I)."""
+        if self.log_variance is None:
+            rows = rows_BI.expand_as(out_BI)
+            return F.binary_cross_entropy_with_logits(out_BI, rows, reduction="none").sum(-1)
+        squares_BI = (rows_BI - out_BI).square() * (-self.log_variance).exp()
+        return 0.5 * (squares_BI + self.log_variance + math.log(2 * math.pi)).sum(-1)
 
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from continual.errors import ModelError, TrainingError
 from continual.models.output import Output
-from continual.objective import Competition, Objective, active_classes, loss_rows
-from continual.parts.part import Part, overriding
+from continual.objective import Competition, Criterion, Objective, active_classes, loss_rows
+from continual.parts.part import Part, check_criterion, overriding
 from continual.parts.passes import as_at_test
 from continual.randomness import Randomness
 from continual.streams.batching import evaluation_batches, training_batches
@@ -45,7 +45,11 @@ class TrainingContext:
         parts: in the order in which their hooks are called.
         optimizer: told of parameters that come, go and grow; None while there is none.
         competition: which classes compete in training.
+        criterion: the loss of a classification (:func:`~continual.objective.loss_rows`).
         autocast: makes the context manager around each forward pass.
+
+    Raises:
+        CompositionError: a part that cannot work with this model, objective or criterion.
     """
 
     def __init__(
@@ -58,13 +62,15 @@ class TrainingContext:
         objective: Objective = "classification",
         scenario: Scenario = "class",
         competition: Competition = "seen",
+        criterion: Criterion = "cross-entropy",
         device: torch.device | None = None,
         randomness: Randomness | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         batch_size: int = 32,
     ) -> None:
         self.model, self.parts, self.optimizer = model, list(parts), optimizer
-        self.objective, self.scenario, self.competition = objective, scenario, competition
+        self.objective, self.scenario = objective, scenario
+        self.competition, self.criterion = competition, criterion
         first = next(model.parameters(), None)
         self.device = device or (first.device if first is not None else torch.device("cpu"))
         self.randomness = randomness or Randomness(seed)
@@ -81,6 +87,8 @@ class TrainingContext:
         self._loss = [(part, part.loss) for part in self.parts if overriding([part], "loss")]
         self._edit = overriding(self.parts, "edit_gradients")
         self._after = overriding(self.parts, "after_step")
+        for part in self.parts:
+            check_criterion(part, criterion)
         for part in self.parts:
             part.attach(self)
 
@@ -120,7 +128,7 @@ class TrainingContext:
 
     def loss_rows(self, output: Output, batch: Batch) -> Tensor:
         """The objective's loss of each row, (B,)."""
-        return loss_rows(self.objective, output.logits, batch, self.active(batch))
+        return loss_rows(self.objective, output.logits, batch, self.active(batch), self.criterion)
 
     def batches(
         self,
@@ -246,9 +254,9 @@ class TrainingContext:
         self.step += 1
 
     def end(self) -> None:
-        """Call every part's ``end``; tell the optimiser of parameters that no longer train."""
+        """Call every part's ``end``, the head's last; tell the optimiser of parameters that no longer train."""
         assert self.experience is not None, "end() follows begin()"
-        for part in overriding(self.parts, "end"):
+        for part in overriding(sorted(self.parts, key=lambda part: part.slot == "head"), "end"):
             self._parameters = None
             part(self, self.experience)
         self._parameters = None

@@ -19,8 +19,9 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from continual.errors import CompositionError
 from continual.models.output import Output
-from continual.objective import Objective
+from continual.objective import Criterion, Objective
 from continual.randomness import Randomness
 from continual.spec import Spec, parse
 from continual.state import tensor_bytes
@@ -44,6 +45,14 @@ class Context(Protocol):
 
     @property
     def scenario(self) -> Scenario: ...
+
+    @property
+    def criterion(self) -> Criterion:
+        """The loss of a classification."""
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """All parts of the training, in the order in which their hooks are called."""
 
     @property
     def device(self) -> torch.device: ...
@@ -123,6 +132,8 @@ class Part:
             settle after the first experience.
         needs_lasting_parameters: it remembers something of each parameter that holds for that parameter only.
         needs_stacking: it reads the adapters of earlier experiences, which an adapter part must keep in the model.
+        needs_stored_rows: it reads the rows that a replay part keeps (:class:`~continual.parts.replay.store.KeepsRows`).
+        needs_criterion: the loss of a classification that it belongs to; None for any.
         excludes: ``slot`` or ``slot/kind`` that it cannot be combined with → why, and what to use instead.
     """
 
@@ -133,6 +144,8 @@ class Part:
     needs_steady_features: ClassVar[bool] = False
     needs_lasting_parameters: ClassVar[bool] = False
     needs_stacking: ClassVar[bool] = False
+    needs_stored_rows: ClassVar[bool] = False
+    needs_criterion: ClassVar[Criterion | None] = None
     excludes: ClassVar[dict[str, str]] = {}
 
     context: Context
@@ -201,7 +214,7 @@ class Part:
         """After the optimiser's step; gradients are still there. Once for each forward pass of the step."""
 
     def end(self, context: Context, experience: Experience) -> None:
-        """After the last step of an experience, before it is measured."""
+        """After the last step of an experience, before it is measured; the head's comes after that of all other parts."""
 
     def state_dict(self) -> dict[str, Any]:
         """All that the part remembers: tensors and plain values, any nesting."""
@@ -221,6 +234,15 @@ class Part:
     def erase(self, rows: Tensor) -> int:
         """Give up the rows with these ids, for good; returns how many it held."""
         return 0
+
+
+def check_criterion(part: Part, criterion: Criterion) -> None:
+    """Raise :class:`CompositionError` where a part belongs to another loss than ``criterion``."""
+    if part.needs_criterion not in (None, criterion):
+        raise CompositionError(
+            f"{part.name} belongs to the loss '{part.needs_criterion}' and this training has '{criterion}': set training.loss: "
+            f"{part.needs_criterion}, or leave {part.slot} out."
+        )
 
 
 def overriding(parts: Sequence[Part], hook: str) -> list[Any]:

@@ -19,6 +19,8 @@ PARTS: dict[Slot, dict[str, str]] = {
         "slda": "continual.parts.head.slda:SLDAHead",
         "ridge": "continual.parts.head.ridge:RidgeHead",
         "klda": "continual.parts.head.klda:KLDAHead",
+        "vae-classifier": "continual.parts.head.vae_classifier:VaeClassifierHead",
+        "exemplar-means": "continual.parts.head.exemplar_means:ExemplarMeansHead",
     },
     "replay": {
         "rehearsal": "continual.parts.replay.rehearsal:Rehearsal",
@@ -37,6 +39,7 @@ PARTS: dict[Slot, dict[str, str]] = {
         "si": "continual.parts.penalty.si:SI",
     },
     "distillation": {
+        "binary": "continual.parts.distillation.binary:BinaryDistillation",
         "feature-distillation": "continual.parts.distillation.features:FeatureDistillation",
         "lwf": "continual.parts.distillation.lwf:LwF",
     },

@@ -157,7 +157,8 @@ def plain_training(settings: Mapping[str, Any], scenario: str) -> bool:
     An adapter that is held after the first experience, a frozen backbone, a head without gradients and a competition that
     leaves earlier classes alone all work against forgetting.
     """
-    parts = {key for key, value in settings.items() if isinstance(value, dict | list) and key != "training"}
+    others = ("training", "tuned")
+    parts = {key for key, value in settings.items() if isinstance(value, dict | list) and key not in others}
     adapter, head = settings.get("adapter") or {}, settings.get("head") or {}
     active = (settings.get("training") or {}).get("active")
     return (

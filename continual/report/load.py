@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Ge, Len
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from continual.errors import StateError
 
 RESULT = "result.json"
+SCORES = "scores.safetensors"
 ERROR = "error.txt"
 CELL = "cell.json"
 SHARES = ("accuracy", "exact match")
@@ -106,6 +107,7 @@ class Result(_Read):
     notes: list[str] = Field(default_factory=list)
     class_names: list[str] | None = None
     probes: dict[str, Probe] = Field(default_factory=dict)
+    _folder: Path | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _rectangular(self) -> Self:
@@ -114,6 +116,11 @@ class Result(_Read):
             if len(row) != columns:
                 raise ValueError(f"row {place} of the matrix has {len(row)} cells for {columns} experiences")
         return self
+
+    @property
+    def folder(self) -> Path | None:
+        """Where it was read from; None for one that was not."""
+        return self._folder
 
     @property
     def joint(self) -> bool:
@@ -161,7 +168,9 @@ def load_result(folder: Path) -> Result:
     if found != 1 or isinstance(found, bool):
         raise StateError(f"'{path}' has the format {found!r}, and this version reads format 1: run it again.")
     try:
-        return Result.model_validate(content)
+        result = Result.model_validate(content)
+        result._folder = Path(folder)
+        return result
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(step) for step in first["loc"]) or "the whole"

@@ -79,6 +79,13 @@ def size(value: float | None) -> str:
     return NONE if value is None else _scaled(value, (" B", " kB", " MB", " GB", " TB"))
 
 
+def probability(value: float | None) -> str:
+    """A p-value: ``.034``, ``<.001``."""
+    if value is None:
+        return NONE
+    return "<.001" if value < 0.001 else "1" if value > 0.9995 else f"{value:.3f}".lstrip("0")
+
+
 def integers(values: tuple[int, ...]) -> str:
     """``0, 1, 2``, or ``0–9`` for a longer unbroken row."""
     if len(values) > 3 and list(values) == list(range(values[0], values[-1] + 1)):

@@ -16,6 +16,7 @@ from continual.report.aggregate import StrategySummary, StreamSummary, aggregate
 from continual.report.findings import FORGETTING_NOTE, best_of, findings, headline
 from continual.report.load import Failure, Result, load_result
 from continual.report.numbers import Scale
+from continual.report.significance import LEVEL, Comparison, compare, with_best
 from continual.report.svg import inline, theme
 from continual.state import write_text
 
@@ -126,6 +127,9 @@ def _stream(place: int, stream: StreamSummary) -> dict[str, Any]:
         "columns": [(column, column.title or scale.title, scale.column_unit(column.metric)) for column in columns],
         "forgetting_note": FORGETTING_NOTE if scale.percent else "",
         "rows": [_row(one, columns, scale, one is best) for one in stream.strategies],
+        "best": best.strategy if best is not None else "",
+        "level": f"{LEVEL:g}",
+        "apart": _apart(stream, scale, best),
         "over_rows": any(found and found.over == "rows" for one in stream.strategies for found in one.metrics.values()),
         "low": scale.text(low),
         "high": scale.text(high),
@@ -152,6 +156,32 @@ def _stream(place: int, stream: StreamSummary) -> dict[str, Any]:
             for at, one in enumerate(stream.strategies)
             if one.curve
         ],
+    }
+
+
+def _apart(stream: StreamSummary, scale: Scale, best: StrategySummary | None) -> list[dict[str, str]]:
+    """Each strategy beside the best one: how much lower it ends, and whether that would be so with other seeds and rows."""
+    if best is None:
+        return []
+    found = with_best(stream, compare(stream))
+    return [_beside(scale, found[one.strategy], best) for one in stream.strategies if one.strategy in found]
+
+
+def _beside(scale: Scale, one: Comparison, best: StrategySummary) -> dict[str, str]:
+    first = one.one == best.strategy
+    sign = 1.0 if first else -1.0
+    values = [None if value is None else sign * value for value in (one.difference, one.low, one.high)]
+    difference, low, high = values if first else (values[0], values[2], values[1])
+    interval = "" if low is None or high is None else f"{scale.text(low, sign=True)} to {scale.text(high, sign=True)}"
+    needed = f"not testable: {one.seeds} of {one.t_seeds_needed} seeds" if one.t_seeds_needed else "not testable"
+    verdicts = {"different": "yes", "not told apart": "no", "not testable": "not testable"}
+    return {
+        "name": one.other if first else one.one,
+        "difference": scale.text(difference, sign=True),
+        "interval": interval,
+        "seeds": numbers.probability(one.t_holm) if one.t_holm is not None else needed,
+        "rows": numbers.probability(one.rows_holm),
+        "verdict": verdicts[one.verdict] + (f", over {one.over}" if one.over else ""),
     }
 
 

@@ -80,7 +80,7 @@ def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
         whole = dict(settings) if wishes(settings) else Strategy.load(settings).to_dict()
     except (ContinualError, TypeError):
         whole = dict(settings)
-    return {key: value for key, value in whole.items() if key not in ("summary", "source")}
+    return {key: value for key, value in whole.items() if key not in ("summary", "source", "tuned")}
 
 
 def _whole_model(model: Mapping[str, Any]) -> dict[str, Any]:

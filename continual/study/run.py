@@ -63,7 +63,10 @@ def run_study(
     runner: str = RUNNER,
     progress: bool | None = None,
 ) -> list[CellOutcome]:
-    """Run what is not finished yet and write ``report.html``, ``report.md``, ``results.csv`` and ``study.json``.
+    """Run what is not finished yet and write its reports and ``study.json``.
+
+    The reports are ``report.html``, ``report.md``, ``report.tex``, ``results.csv`` (every run) and ``significance.csv``
+    (every pair of strategies).
 
     Args:
         out: cells go to ``out/<stream>/<strategy>/seed-<n>/``.
@@ -194,7 +197,7 @@ def _work_off(
 
 
 def _write_reports(study: Study, out: Path, outcomes: Sequence[CellOutcome], started: str, device: str) -> None:
-    from continual.report import csv_table, markdown_report, write_page
+    from continual.report import markdown_report, write_page, write_tables
 
     content = {
         "format": 1,
@@ -223,7 +226,7 @@ def _write_reports(study: Study, out: Path, outcomes: Sequence[CellOutcome], sta
     results = [load_result(out / one.cell.label) for one in outcomes if one.status != "failed"]
     failed = [one for one in outcomes if one.status == "failed"]
     failures = [Failure(one.cell.stream, one.cell.strategy, one.cell.seed, one.message) for one in failed]
-    write_text(out / "results.csv", csv_table(results))
+    write_tables(results, out)
     write_text(out / "report.md", markdown_report(results, study.name, failures=failures))
     write_page(results, out / "report.html", study.name, summary=study.spec.summary, failures=failures)
 

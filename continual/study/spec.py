@@ -16,6 +16,7 @@ from continual.models.build import gives_features
 from continual.spec import Spec, parse, read_yaml
 from continual.strategy import Strategy
 from continual.streams.spec import read_stream_spec
+from continual.suitability import unsuited
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")
 
@@ -204,6 +205,18 @@ class Study:
             if name not in streams:
                 raise SpecError(f"study '{self.name}', data: {unknown('stream', name, streams)}")
         return list(found.values())
+
+    def notes(self) -> list[str]:
+        """What should be known before it runs: for each pair of stream and strategy one sentence at most."""
+        found: dict[tuple[str, str], str | None] = {}
+        for cell in self._cells:
+            if (cell.stream, cell.strategy) not in found:
+                strategy = Strategy.load(cell.strategy_source, overrides=cell.overrides)
+                strategy.name = cell.strategy
+                spec, _ = read_stream_spec(cell.stream_source)
+                said = unsuited(strategy, spec.scenario, spec.objective)
+                found[cell.stream, cell.strategy] = said and f"{cell.stream}/{cell.strategy}: {said}"
+        return [sentence for sentence in found.values() if sentence]
 
     def data_folder(self, cell: Cell, data: Path | None) -> Path | None:
         """Where the data of a cell's stream lie: ``data/<stream>``, else what the file says, else ``data`` itself."""

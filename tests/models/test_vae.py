@@ -88,3 +88,44 @@ def test_trained_it_makes_rows_of_the_class_asked_for_and_uses_its_latent_values
         assert float(samples.min()) >= 0 and float(samples.max()) <= 1
     else:
         assert vae.log_variance is not None and float(vae.log_variance.detach()) < -1
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_the_likelihood_is_the_mean_of_importance_weights_in_blocks_of_any_size(
+    likelihood: Likelihood, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = made(likelihood)
+    if vae.log_variance is not None:
+        vae.log_variance.data.fill_(-0.7)
+    rows, labels, noise = torch.rand(5, 6), torch.tensor([0, 1, 1, 0, 1]), torch.randn(9, 3)
+    found_B = vae.log_likelihood(rows, labels, noise)
+    for place in range(5):
+        row, label = rows[place : place + 1], labels[place : place + 1]
+        mean, log_variance = vae.encode(row, label)
+        q, prior = Normal(mean, (0.5 * log_variance).exp()), Normal(torch.zeros(3), torch.ones(3))
+        weights = []
+        for s in range(9):
+            z = mean + noise[s] * q.stddev
+            out = vae.decode(z, label)
+            if likelihood == "bernoulli":
+                fits = (row * torch.sigmoid(out).log() + (1 - row) * torch.sigmoid(-out).log()).sum()
+            else:
+                fits = Normal(out, torch.tensor(-0.35).exp()).log_prob(row).sum()
+            weights.append((fits + prior.log_prob(z).sum() - q.log_prob(z).sum()).exp())
+        torch.testing.assert_close(found_B[place], torch.stack(weights).mean().log(), rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr("continual.models.vae.BLOCK", 6 * 5 * 2)
+    torch.testing.assert_close(vae.log_likelihood(rows, labels, noise), found_B)
+
+
+def test_the_likelihood_is_the_integral_over_the_latent_values() -> None:
+    """With one latent value the integral is a sum over a fine grid."""
+    generator = torch.Generator().manual_seed(0)
+    vae = ConditionalVAE(4, 1, hidden=(5,), latent=1, generator=generator)
+    rows, labels = torch.rand(3, 4, generator=generator).round(), torch.zeros(3, dtype=torch.int64)
+    grid, width = torch.linspace(-8, 8, 4001)[:, None], 16 / 4000
+    wanted = []
+    for row in rows:
+        log_p = Bernoulli(logits=vae.decode(grid, torch.zeros(4001, dtype=torch.int64))).log_prob(row).sum(1)
+        wanted.append((log_p + Normal(0.0, 1.0).log_prob(grid[:, 0])).exp().sum() * width)
+    found_B = vae.log_likelihood(rows, labels, torch.randn(20_000, 1, generator=generator))
+    torch.testing.assert_close(found_B, torch.stack(wanted).log().detach(), rtol=0, atol=0.02)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from continual.models.output import Output
-from continual.objective import Objective
+from continual.objective import Criterion, Objective
 from continual.parts.distillation.teacher import Teacher
 from continual.parts.part import Context, Part, Slot
 from continual.spec import Spec
@@ -57,6 +57,7 @@ class LwF(Part):
     slot: ClassVar[Slot] = "distillation"
     Settings: ClassVar[type[Spec]] = LwFSettings
     objectives: ClassVar[tuple[Objective, ...]] = ("classification", "causal-lm", "seq2seq")
+    needs_criterion: ClassVar[Criterion | None] = "cross-entropy"
     settings: LwFSettings
 
     def __init__(self, **settings: Any) -> None:

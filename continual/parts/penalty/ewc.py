@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from continual.objective import Objective
+from continual.objective import Criterion, Objective
 from continual.parts.part import Context, Part, Slot
 from continual.parts.penalty.fisher import diagonal_fisher
 from continual.parts.penalty.fisher_labels import Labels, check_labels
@@ -67,6 +67,7 @@ class EWC(Part):
 
     slot: ClassVar[Slot] = "penalty"
     Settings: ClassVar[type[Spec]] = EWCSettings
+    needs_criterion: ClassVar[Criterion | None] = "cross-entropy"
     settings: EWCSettings
 
     def __init__(self, **settings: Any) -> None:

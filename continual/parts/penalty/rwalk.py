@@ -24,6 +24,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from continual.models.output import Output
+from continual.objective import Criterion
 from continual.parts.part import Context, Part, Slot
 from continual.parts.penalty.fisher import diagonal_fisher
 from continual.parts.penalty.path import Path
@@ -60,6 +61,7 @@ class RWalk(Part):
     slot: ClassVar[Slot] = "penalty"
     Settings: ClassVar[type[Spec]] = RWalkSettings
     needs_lasting_parameters: ClassVar[bool] = True
+    needs_criterion: ClassVar[Criterion | None] = "cross-entropy"
     settings: RWalkSettings
 
     def __init__(self, **settings: Any) -> None:

@@ -6,7 +6,7 @@ Letters: B rows offered, C candidates among them, N rows of a table.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import PositiveInt, model_validator
@@ -276,6 +276,13 @@ class Store:
                 f"{self.owner} needs one class a row and some rows have none (a label below 0, such as -100, or labels "
                 f"of another form): {self.instead}."
             )
+
+
+@runtime_checkable
+class KeepsRows(Protocol):
+    """A part that keeps rows of earlier experiences in a store, which other parts may read."""
+
+    store: Store
 
 
 def reader(table: Table) -> Read:
