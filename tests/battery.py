@@ -14,8 +14,13 @@ from continual.state import load_state
 
 MODEL = {"kind": "mlp", "hidden": [16, 16]}
 STRATEGIES = library_names("strategies")
+ENGINES = [name for name in STRATEGIES if Strategy.load(name).engine is not None]
+"""They cannot be saved, nor gone on with."""
 SMALL: dict[str, Any] = {"training.batch_size": 8, "training.lr": 0.05}
 
+SMALL_ENGINE = {
+    "mem_size": 20, "memory_size": 20, "patterns_per_exp": 8, "sample_size": 8, "batch_size_mem": 8, "subsample": 16,
+}  # fmt: skip
 SMALL_REPLAY: dict[str, Any] = {"capacity": 20, "per_class": None, "hidden": [16], "latent": 4, "threshold": 0.0}
 
 
@@ -30,6 +35,9 @@ def small(name: str) -> Strategy:
         if part.slot == "replay":
             known = type(part.settings).model_fields
             overrides |= {f"replay.{key}": value for key, value in SMALL_REPLAY.items() if key in known}
+    if strategy.engine is not None:
+        given = strategy.engine.settings.arguments  # type: ignore[attr-defined]
+        overrides |= {f"engine.arguments.{key}": value for key, value in SMALL_ENGINE.items() if key in given}
     if any(part.name == "adapter/adalora" for part in strategy.prototypes):
         overrides |= {"adapter.init_rank": 4, "adapter.target_rank": 2}
     return Strategy.load(name, overrides=overrides)

@@ -148,7 +148,7 @@ class Learner(Saving):
         with self.randomness.framework(), evaluating(self.model):
             for start in range(0, len(table), batch_size):
                 index = torch.arange(start, min(start + batch_size, len(table)))
-                output = context.forward(to_device(table[index], self.device))
+                output = self.answer(to_device(table[index], self.device))
                 found.append(output.logits.float().cpu())
                 if isinstance(head, Familiar) and output.features is not None:
                     familiar.append(head.familiarity(output.features).cpu())
@@ -188,23 +188,13 @@ class Learner(Saving):
             self._look_at(experience, stream)
             self._failed = experience.name
             progress = self._begin(experience, stream)
-            trainer = Trainer(
-                self.context,
-                self.strategy.training,
-                self.processes,
-                save_every=self.save_every,
-                checkpoint=self._checkpoint if self.folder is not None else None,
-                log=self._log if self._tracking else None,
-                show_progress=self.progress,
-                evaluation_rows=self.evaluation_rows,
-            )
             if self.context.experience is None:
                 self.context.experience = experience
-            trainer.fit(experience, progress)
+            self._fit(experience, progress)
             started = time.perf_counter()
             self.context.end()
             progress.seconds += time.perf_counter() - started
-            for part in self.parts:
+            for part in [*self.parts, *([self._engine] if self._engine is not None else [])]:
                 report = getattr(part, "report", None)
                 sentence = report() if report is not None else None
                 if sentence:
@@ -222,7 +212,7 @@ class Learner(Saving):
             monitor_seconds = time.perf_counter() - started
             self.cost["monitor_seconds"] += monitor_seconds
             self._pending = None
-            if self.folder is not None:
+            if self.folder is not None and self._engine is None:
                 self._checkpoint(None)
             self._failed = None
         slots = sorted({part.slot for part in self.parts})
@@ -258,7 +248,9 @@ class Learner(Saving):
             context.optimizer = None
         started = time.perf_counter()
         context.begin(experience, steps=steps)
-        if context.optimizer is None and context.parameters():
+        if self._engine is not None:
+            self._engine.begin(experience)
+        elif context.optimizer is None and context.parameters():
             context.optimizer = make_optimizer(training, context.parameters())
         self._mark_altered()
         self.model.to(self.device)
@@ -270,7 +262,7 @@ class Learner(Saving):
             with evaluating(self.model):
                 scores = score_tables(
                     [*tables.values(), *probes.values()],
-                    context.forward,
+                    self.answer,
                     context.active_at_test,
                     self.objective,
                     self.device,
@@ -280,6 +272,26 @@ class Learner(Saving):
                 dict(zip(tables, scores, strict=False)), dict(zip(probes, scores[len(tables) :], strict=True))
             )
         return progress
+
+    def _fit(self, experience: Experience, progress: Progress) -> None:
+        """Train on an experience: our loop, or the engine in its place."""
+        if self._engine is not None:
+            trained = self._engine.fit(experience)
+            progress.step, progress.rows, progress.epoch = trained.steps, trained.rows, trained.epochs
+            progress.seconds += trained.seconds
+            progress.done = True
+            return
+        trainer = Trainer(
+            self.context,
+            self.strategy.training,
+            self.processes,
+            save_every=self.save_every,
+            checkpoint=self._checkpoint if self.folder is not None else None,
+            log=self._log if self._tracking else None,
+            show_progress=self.progress,
+            evaluation_rows=self.evaluation_rows,
+        )
+        trainer.fit(experience, progress)
 
     def _measure(self, experience: Experience, stream: Stream | None) -> None:
         if self.monitor is None:
@@ -293,7 +305,7 @@ class Learner(Saving):
         with evaluating(self.model):
             self.monitor.measure(
                 experience.index,
-                context.forward,
+                self.answer,
                 context.active_at_test,
                 self.objective,
                 self.device,

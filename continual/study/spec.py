@@ -137,6 +137,7 @@ class Cell:
         stream_source: what the runner loads: a name, a file, or the content of one.
         strategy_source: a name or a file; ``overrides`` are set in it.
         settings: all of it resolved, as far as it can change the result.
+        resumable: whether a run that was cut off goes on; one of an engine begins again.
     """
 
     stream: str
@@ -147,6 +148,7 @@ class Cell:
     overrides: dict[str, Any]
     model: str | dict[str, Any] | None
     settings: dict[str, Any]
+    resumable: bool = True
 
     @property
     def label(self) -> str:
@@ -256,6 +258,7 @@ class Study:
             overrides=overrides,
             model=group.model,
             settings=settings,
+            resumable=strategy.engine is None,
         )
 
     def _find(self, kind: Literal["streams", "strategies"], use: str) -> str:

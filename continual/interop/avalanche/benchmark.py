@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from avalanche.benchmarks import CLScenario, DatasetExperience, EagerCLStream
-from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute, TaskLabels
+from avalanche.benchmarks.utils import AvalancheDataset, ConstantSequence, DataAttribute, TaskLabels
 from avalanche.benchmarks.utils.classification_dataset import TaskAwareSupervisedClassificationDataset
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -63,7 +63,7 @@ def data_set(table: Table, owner: dict[int, int] | None) -> AvalancheDataset:
         [Rows(everything["inputs"].cpu(), labels)],
         data_attributes=[
             DataAttribute(labels, "targets"),
-            TaskLabels(tasks),
+            TaskLabels(ConstantSequence(tasks[0], len(tasks)) if len(set(tasks)) == 1 else tasks),
             DataAttribute(everything["row"].tolist(), "row"),
         ],
     )
@@ -95,12 +95,16 @@ def decorated(
     return found
 
 
-def order_of(experiences: Sequence[Experience]) -> Any:
-    """What Avalanche's older strategies ask a benchmark for: new classes of each experience, and their order."""
+def order_of(classes: Sequence[Sequence[int]]) -> Any:
+    """What Avalanche's older strategies ask a benchmark for: how many classes are new in each experience, and their order.
+
+    Args:
+        classes: of each experience.
+    """
     met: list[int] = []
     sizes = []
-    for experience in experiences:
-        new = [label for label in experience.classes if label not in met]
+    for own in classes:
+        new = [label for label in own if label not in met]
         met += new
         sizes.append(len(new))
     return SimpleNamespace(n_classes_per_exp=sizes, classes_order=met, n_classes=len(met))
@@ -112,7 +116,7 @@ def make_benchmark(stream: Stream) -> CLScenario:
         raise StreamError(f"an Avalanche benchmark has classes, and the objective of this stream is {stream.objective}.")
     experiences = list(stream)
     streams = []
-    order = order_of(experiences)
+    order = order_of([experience.classes for experience in experiences])
     for part in PARTS:
         tables: list[Table | None] = [getattr(experience, part) for experience in experiences]
         found = [table for table in tables if table is not None and len(table)]
