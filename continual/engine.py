@@ -28,11 +28,10 @@ ENGINES: dict[str, str] = {"avalanche": "continual.interop.avalanche.engine:Aval
 
 @dataclass(frozen=True)
 class Trained:
-    """What the training on one experience cost: optimiser steps, rows of their batches, epochs, seconds."""
+    """What the training on one experience cost: optimiser steps, rows of their batches, seconds."""
 
     steps: int
     rows: int
-    epochs: int
     seconds: float
 
 

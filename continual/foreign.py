@@ -91,5 +91,5 @@ def _folder(package: str) -> Path | None:
     return None if file is None else Path(file).parent
 
 
-def _is_of(category: type[Warning], package: str) -> bool:
-    return category.__module__.partition(".")[0] == package
+def _is_of(category: Any, package: str) -> bool:
+    return str(getattr(category, "__module__", "")).partition(".")[0] == package

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from continual.engine import Engine
 from continual.errors import CompositionError, ModelError, StateError, StreamError, TrainingError, quoted
 from continual.learner.checkpoint import check_same
 from continual.learner.optimizer import make_optimizer
@@ -20,6 +21,7 @@ from continual.learner.trainer import Progress, Trainer
 from continual.learner.update import Run, Update
 from continual.monitor.evaluation import evaluating, score_tables
 from continual.parts.head.closed_form import Familiar
+from continual.parts.part import Part
 from continual.streams.check import require_experience, require_stream
 from continual.streams.convert import as_experience, as_table
 from continual.streams.experience import Experience
@@ -194,7 +196,8 @@ class Learner(Saving):
             started = time.perf_counter()
             self.context.end()
             progress.seconds += time.perf_counter() - started
-            for part in [*self.parts, *([self._engine] if self._engine is not None else [])]:
+            reporting: list[Part | Engine] = [*self.parts, *([] if self._engine is None else [self._engine])]
+            for part in reporting:
                 report = getattr(part, "report", None)
                 sentence = report() if report is not None else None
                 if sentence:
@@ -277,7 +280,7 @@ class Learner(Saving):
         """Train on an experience: our loop, or the engine in its place."""
         if self._engine is not None:
             trained = self._engine.fit(experience)
-            progress.step, progress.rows, progress.epoch = trained.steps, trained.rows, trained.epochs
+            progress.step, progress.rows = trained.steps, trained.rows
             progress.seconds += trained.seconds
             progress.done = True
             return

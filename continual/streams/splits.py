@@ -168,7 +168,9 @@ class ExperienceSplit(Spec):
             StreamError: the source has no experiences of its own, or an unknown one is asked for.
         """
         if not rows.experiences:
-            raise StreamError("a split by experience needs a source that comes in experiences, such as 'kind: avalanche'.")
+            raise StreamError(
+                "a split by experience needs a source that comes in experiences, such as 'kind: avalanche'."
+            )
         names = list(rows.experiences)
         order = ordered(self.order, names, "experience", seed if self.seed is None else self.seed)
         return [_marked(rows, names[place], dict(rows.experiences[names[place]])) for place in order]

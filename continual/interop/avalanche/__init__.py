@@ -19,8 +19,6 @@ from continual.streams.experience import Scenario
 from continual.streams.stream import Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from continual.parts.part import Part
 
 __all__ = ["as_plugin", "benchmark_from", "stream_from"]

@@ -51,11 +51,7 @@ def data_set(table: Table, owner: dict[int, int] | None) -> AvalancheDataset:
     Raises:
         StreamError: the table has no dense ``inputs``.
     """
-    if "inputs" not in table.names:
-        raise StreamError(
-            f"Avalanche takes rows of dense 'inputs', and these have {', '.join(table.names)}: give tensors, such as features "
-            "of a pretrained model."
-        )
+    check_dense(table)
     everything = table[torch.arange(len(table))]
     labels = everything["labels"].tolist()
     tasks = [0] * len(labels) if owner is None else [owner[label] for label in labels]
@@ -67,6 +63,15 @@ def data_set(table: Table, owner: dict[int, int] | None) -> AvalancheDataset:
             DataAttribute(everything["row"].tolist(), "row"),
         ],
     )
+
+
+def check_dense(table: Table) -> None:
+    """Raise :class:`StreamError` for rows of text or tokens."""
+    if "inputs" not in table.names:
+        raise StreamError(
+            f"Avalanche takes rows of dense 'inputs', and these have {', '.join(table.names)}: give tensors, such as features "
+            "of a pretrained model."
+        )
 
 
 def owners(experience: Experience) -> dict[int, int] | None:
@@ -113,7 +118,9 @@ def order_of(classes: Sequence[Sequence[int]]) -> Any:
 def make_benchmark(stream: Stream) -> CLScenario:
     """See :func:`continual.interop.avalanche.benchmark_from`."""
     if stream.objective != "classification":
-        raise StreamError(f"an Avalanche benchmark has classes, and the objective of this stream is {stream.objective}.")
+        raise StreamError(
+            f"an Avalanche benchmark has classes, and the objective of this stream is {stream.objective}."
+        )
     experiences = list(stream)
     streams = []
     order = order_of([experience.classes for experience in experiences])

@@ -19,7 +19,6 @@ from torch import nn
 from continual.engine import Engine, Trained
 from continual.errors import CompositionError, ContinualError, SpecError, TrainingError
 from continual.foreign import imported, quiet
-from continual.models.model import Model
 from continual.models.output import Output
 from continual.objective import Objective
 from continual.parts.context import TrainingContext
@@ -38,6 +37,10 @@ UNREAD: dict[str, Any] = {
     "early_stopping": None,
 }
 """Keys of ``training`` that Avalanche has nothing for, at the values that ask for nothing."""
+
+
+UNMASKED = ("ICaRL", "StreamingLDA")
+"""They make logits of their own, so that no class can be kept out of the training."""
 
 
 class PluginChoice(Spec):
@@ -75,8 +78,10 @@ class AvalancheEngine(Engine):
         if training.active == "asymmetric":
             raise SpecError(f"{self.name} has no training.active: asymmetric: take 'seen', 'experience' or 'all'.")
         name = self.settings.strategy
-        if training.active is not None and name in ("ICaRL", "StreamingLDA"):
-            raise SpecError(f"Avalanche's {name} makes logits of its own and reads no training.active: leave the key out.")
+        if training.active is not None and name in UNMASKED:
+            raise SpecError(
+                f"Avalanche's {name} makes logits of its own and reads no training.active: leave the key out."
+            )
         if training.iterations is not None and name == "StreamingLDA":
             raise SpecError("Avalanche's StreamingLDA takes whole epochs: give training.epochs in place of iterations.")
 
@@ -87,9 +92,13 @@ class AvalancheEngine(Engine):
             SpecError, CompositionError: what was asked for cannot be.
         """
         if objective != "classification":
-            raise CompositionError(f"{self.name} trains classifiers, and the objective is {objective}: take parts of ours.")
+            raise CompositionError(
+                f"{self.name} trains classifiers, and the objective is {objective}: take parts of ours."
+            )
         if open_stream:
-            raise CompositionError(f"{self.name} needs to know all classes of the stream, and this one is open: close it.")
+            raise CompositionError(
+                f"{self.name} needs to know all classes of the stream, and this one is open: close it."
+            )
         imported("avalanche")
         with quiet("avalanche"):
             from continual.interop.avalanche.strategies import check_arguments, plugin_class, strategy_class
@@ -111,18 +120,24 @@ class AvalancheEngine(Engine):
         self._past: list[tuple[int, ...]] = []
 
     def begin(self, experience: Experience) -> None:
-        """Make the strategy at the first experience; tell its masks what is met by now."""
+        """Make the strategy at the first experience; tell its masks what is met by now.
+
+        Raises:
+            StreamError: rows that Avalanche cannot take.
+            SpecError: it refuses the arguments.
+        """
+        from continual.interop.avalanche.benchmark import check_dense
+
+        check_dense(experience.train)
         with quiet("avalanche"):
             if self._strategy is None:
-                self._strategy = self._made()
-        owner_K = torch.tensor(self.context.owner, dtype=torch.int64, device=self.context.device)
-        self._competing.owner_K = owner_K
+                self._make()
+        self._competing.owner_K = torch.tensor(self.context.owner, dtype=torch.int64, device=self.context.device)
 
     def fit(self, experience: Experience) -> Trained:
         """Train.
 
         Raises:
-            StreamError: rows that Avalanche cannot take.
             TrainingError: the loss is not finite, or Avalanche fails.
         """
         strategy, name = self._strategy, self.settings.strategy
@@ -145,21 +160,20 @@ class AvalancheEngine(Engine):
         self._past.append(experience.classes)
         if self._module is not None and strategy.model is not self._module:
             self._module.load_state_dict(strategy.model.state_dict())
-        epochs = self.training.epochs or 1
-        return Trained(self._watch.steps, self._watch.rows, epochs, seconds)
+        return Trained(self._watch.steps, self._watch.rows, seconds)
 
     def forward(self, batch: Batch) -> Output:
         """The strategy's answer, (B, K)."""
         strategy = self._strategy
-        labels_B = batch["labels"] if "labels" in batch else torch.zeros(len(batch["inputs"]), dtype=torch.int64)
-        tasks_B = torch.zeros_like(labels_B)
+        inputs = batch["inputs"]
+        tasks_B = torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device)
         strategy.model.eval()
         self._competing.masks = False
         try:
             with quiet("avalanche"):
                 strategy.is_training = False
                 strategy.experience = _Answering()
-                strategy.mbatch = [batch["inputs"], labels_B, tasks_B]
+                strategy.mbatch = [inputs, batch.get("labels", tasks_B), tasks_B]
                 strategy._before_eval_forward()
                 strategy.mb_output = strategy.forward()
                 strategy._after_eval_forward()
@@ -176,7 +190,9 @@ class AvalancheEngine(Engine):
         """Bytes of buffers, copies of models and data sets that the strategy keeps alive, as they are now."""
         from continual.interop.avalanche.watch import bytes_kept, storages_of
 
-        return bytes_kept(self._strategy, storages_of(self._strategy.model, self.context.model, self._strategy.optimizer))
+        return bytes_kept(
+            self._strategy, storages_of(self._strategy.model, self.context.model, self._strategy.optimizer)
+        )
 
     def optimizer_bytes(self) -> int:
         from continual.interop.avalanche.watch import optimizer_tensors
@@ -198,44 +214,23 @@ class AvalancheEngine(Engine):
                 continue
         return found
 
-    def _made(self) -> Any:
-        from continual.interop.avalanche.module import Features, Logits, TaskLogits
-        from continual.interop.avalanche.strategies import DEFAULTS, parameters, plugin_class, strategy_class
+    def _make(self) -> None:
+        from continual.interop.avalanche.making import make_strategy
         from continual.interop.avalanche.watch import Watch
 
-        context, training = self.context, self.training
-        model = context.model
-        assert isinstance(model, Model)
-        kind = TaskLogits if context.scenario == "task" else Logits
-        module: nn.Module = kind(model, self._competing).to(context.device)
-        self._watch = Watch(training.clip, training.iterations)
-        found = strategy_class(self.settings.strategy)
-        plugins = [plugin_class(choice.plugin)(**choice.arguments) for choice in self.settings.plugins]
-        given: dict[str, Any] = {
-            "model": module,
-            "optimizer": _optimizer(training, list(model.parameters())),
-            "criterion": nn.CrossEntropyLoss(),
-            "train_mb_size": training.batch_size,
-            "train_epochs": training.iterations or training.epochs or 1,
-            "eval_mb_size": self.evaluation_rows,
-            "device": context.device,
-            "plugins": [self._watch, *plugins],
-            "evaluator": None,
-            "num_classes": len(context.owner),
-        }
-        if model.gives_features:
-            given |= {"slda_model": Features(model), "feature_extractor": Features(model), "classifier": model.head}
-            given["input_size"] = model.feature_size
-        taken = parameters(found)
-        own = {**DEFAULTS.get(found.__name__, {}), **self.settings.arguments}
-        try:
-            strategy = found(**{key: value for key, value in given.items() if key in taken}, **own)
-        except (TypeError, ValueError, AssertionError) as error:
-            raise SpecError(
-                f"engine, {found.__name__}: Avalanche refuses these arguments ({' '.join(str(error).split())}): change them."
-            ) from error
-        self._module = module if strategy.model is module else None
-        return strategy
+        self._watch = Watch(self.training.clip, self.training.iterations)
+        own, context = self.settings, self.context
+        plugins = [(choice.plugin, choice.arguments) for choice in own.plugins]
+        self._strategy, self._module = make_strategy(
+            own.strategy,
+            own.arguments,
+            plugins,
+            context=context,
+            training=self.training,
+            competing=self._competing,
+            watch=self._watch,
+            evaluation_rows=self.evaluation_rows,
+        )
 
     def _view(self, experience: Experience) -> Any:
         """The experience as Avalanche sees it; of later ones nothing is known but how many classes they bring."""
@@ -262,11 +257,3 @@ class _Answering:
     def logging(self) -> _Answering:
         """What Avalanche's evaluator asks for; it has no metrics here."""
         return self
-
-
-def _optimizer(training: Training, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """One group, as Avalanche's examples have it."""
-    if training.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay)
-    kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=training.lr, weight_decay=training.weight_decay)

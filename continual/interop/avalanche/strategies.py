@@ -42,15 +42,22 @@ FEATURES = {"slda_model", "feature_extractor", "classifier", "input_size"}
 """Arguments that need a model with features and a head."""
 DEFAULTS: dict[str, dict[str, Any]] = {"ICaRL": {"buffer_transform": None, "fixed_memory": True}}
 """Values of arguments for which Avalanche has no default and which nobody needs to think of."""
-UNMASKED = ("ICaRL", "StreamingLDA")
-"""They make logits of their own, so that nothing can keep a class out of the training."""
 REFUSED: dict[tuple[str, Scenario], str] = {
-    ("DER", "task"): "it calls the model without task labels when it stores logits: take it in the scenarios 'class' and "
+    (
+        "DER",
+        "task",
+    ): "it calls the model without task labels when it stores logits: take it in the scenarios 'class' and "
     "'domain', or our 'der' in all three",
-    ("ICaRL", "domain"): "its loss takes classes that come again for old ones: take it in the scenarios 'class' and 'task'",
+    (
+        "ICaRL",
+        "domain",
+    ): "its loss takes classes that come again for old ones: take it in the scenarios 'class' and 'task'",
 }
 NOTES: dict[tuple[str, Scenario], str] = {
-    ("MIR", "domain"): "it replays no class that was in the last batch of an experience, which here are mostly all of them, so "
+    (
+        "MIR",
+        "domain",
+    ): "it replays no class that was in the last batch of an experience, which here are mostly all of them, so "
     "little or nothing was replayed",
 }
 
@@ -64,7 +71,9 @@ def strategy_class(name: str) -> type[Any]:
     if ":" in name:
         own = load_object(name, "engine, strategy")
         if not (isinstance(own, type) and issubclass(own, SupervisedTemplate)):
-            raise SpecError(f"engine: '{name}' is no strategy: derive it from avalanche.training.templates.SupervisedTemplate.")
+            raise SpecError(
+                f"engine: '{name}' is no strategy: derive it from avalanche.training.templates.SupervisedTemplate."
+            )
         return own
     known = _classes(avalanche.training.supervised, SupervisedTemplate)
     if name not in known:

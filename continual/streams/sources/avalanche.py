@@ -115,7 +115,9 @@ def classic(name: str) -> Callable[..., Any]:
     known = {
         key: value
         for key, value in found.items()
-        if not key.startswith("_") and inspect.isfunction(value) and "dataset_root" in inspect.signature(value).parameters
+        if not key.startswith("_")
+        and inspect.isfunction(value)
+        and "dataset_root" in inspect.signature(value).parameters
     }
     if name not in known:
         raise SpecError(f"the source 'avalanche': {unknown('benchmark', name, known)}")

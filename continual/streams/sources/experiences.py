@@ -35,8 +35,8 @@ class _Read:
     tasks: list[set[int]]
     ids: Tensor | None
 
-    def classes(self, experience: int) -> Tensor:
-        return torch.unique(self.labels[self.experience_N == experience])
+    def classes(self, experience: int) -> list[int]:
+        return sorted(set(self.labels[self.experience_N == experience].tolist()))
 
 
 def benchmark_rows(
@@ -64,9 +64,10 @@ def benchmark_rows(
         reads["valid"] = _read(valid)
     with_ids = all(read.ids is not None for read in reads.values())
     for part, read in reads.items():
-        table = TensorTable({"inputs": read.inputs})
         marks = read.experience_N.tolist()
-        raws[part] = Raw(table, read.labels, domain=marks, ids=read.ids if with_ids else None)
+        raws[part] = Raw(
+            TensorTable({"inputs": read.inputs}), read.labels, domain=marks, ids=read.ids if with_ids else None
+        )
     scenario = _guessed(reads["train"])
     paired = [origin if origin is not None else place for place, origin in enumerate(origins)]
     one_each = len(tested) == len(learnt) and sorted(paired) == list(range(len(tested)))
@@ -134,11 +135,14 @@ def as_tensor(value: Any) -> Tensor:
         image = hasattr(value, "getbands")
         array = np.asarray(value)
         if array.dtype.kind not in "iufb":
-            raise StreamError(f"{_WHERE}: a row is {type(value).__name__}: give an eval_transform that makes a tensor of it.")
+            raise StreamError(
+                f"{_WHERE}: a row is {type(value).__name__}: give an eval_transform that makes a tensor of it."
+            )
         if image:
             array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
         value = torch.from_numpy(np.ascontiguousarray(array).copy())
-    return value.to(torch.float32) if value.dtype == torch.float64 else value
+    row: Tensor = value.to(torch.float32) if value.dtype == torch.float64 else value
+    return row
 
 
 def task_labels(dataset: Any) -> set[int]:
@@ -179,7 +183,9 @@ def _read(groups: Sequence[Sequence[Any]]) -> _Read:
         raise StreamError(f"{_WHERE}: a stream of the benchmark has no rows: give it some.")
     shapes = {tuple(inputs.shape[1:]) for inputs, _ in pieces}
     if len(shapes) > 1:
-        raise StreamError(f"{_WHERE}: experiences have rows of different shapes ({quoted(sorted(shapes)[:3])}): make them alike.")
+        raise StreamError(
+            f"{_WHERE}: experiences have rows of different shapes ({quoted(sorted(shapes)[:3])}): make them alike."
+        )
     sizes = torch.tensor([sum(len(labels) for _, labels in group) for group in found])
     ids = [getattr(one.dataset, "row", None) for group in groups for one in group]
     return _Read(
@@ -187,12 +193,14 @@ def _read(groups: Sequence[Sequence[Any]]) -> _Read:
         torch.cat([labels for _, labels in pieces]),
         torch.arange(len(groups)).repeat_interleave(sizes),
         [set().union(*(task_labels(one.dataset) for one in group)) for group in groups],
-        None if any(one is None for one in ids) else torch.tensor([int(row) for one in ids if one is not None for row in one]),
+        None
+        if any(one is None for one in ids)
+        else torch.tensor([int(row) for one in ids if one is not None for row in one]),
     )
 
 
 def _guessed(train: _Read) -> Scenario:
     if len(set().union(*train.tasks)) > 1:
         return "task"
-    classes = [train.classes(place).tolist() for place in range(len(train.tasks))]
+    classes = [train.classes(place) for place in range(len(train.tasks))]
     return "domain" if len(classes) > 1 and all(found == classes[0] for found in classes) else "class"
