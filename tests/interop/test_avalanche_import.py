@@ -59,11 +59,6 @@ def test_a_run_leaves_no_trace_prints_nothing_and_warns_of_nothing() -> None:
     assert done.stdout == "" and done.stderr == ""
 
 
-def test_avalanche_by_itself_patches_what_is_put_back() -> None:
-    done = run(TRACES + PLAIN)
-    assert done.returncode == 0, done.stderr
-
-
 def test_who_imports_it_before_us_keeps_what_it_patched() -> None:
     code = TRACES + PLAIN + "patched = traces()\n" + WORK.replace("before", "patched").rsplit("assert", 2)[0]
     done = run(code)

@@ -73,7 +73,7 @@ def test_the_slow_reference_of_a_benchmark_made_of_a_stream() -> None:
             inputs, label, task = theirs.dataset[place]
             assert torch.equal(inputs, table["inputs"][place])
             assert (label, task) == (int(table["labels"][place]), ours.index)
-        assert theirs.classes_in_this_experience == set(ours.classes)
+        assert theirs.classes_in_this_experience == list(ours.classes)
         assert theirs.task_labels == [ours.index] and theirs.current_experience == ours.index
         assert theirs.previous_classes == set(range(2 * ours.index))
         assert theirs.future_classes == set(range(2 * ours.index + 2, 6))

@@ -87,12 +87,12 @@ def decorated(
 ) -> DatasetExperience:
     """An experience with the attributes of Avalanche's protocols: index, task labels, classes now, before and to come."""
     found = DatasetExperience(dataset=dataset, current_experience=index)
-    classes = set(dataset.targets.uniques)
+    classes = {int(label) for label in dataset.targets.uniques}
     tasks = sorted(dataset.targets_task_labels.uniques)
     if len(tasks) == 1:
         found.task_label = tasks[0]
     found.task_labels = tasks
-    found.classes_in_this_experience = classes
+    found.classes_in_this_experience = sorted(classes)
     found.previous_classes = set(before)
     found.classes_seen_so_far = before | classes
     found.future_classes = after - found.classes_seen_so_far
@@ -140,7 +140,7 @@ def make_benchmark(stream: Stream) -> CLScenario:
         for experience, table in zip(experiences, found, strict=True):
             dataset = data_set(table, owners(experience))
             made.append(decorated(dataset, experience.index, before=before, after=everything, benchmark=order))
-            before = before | made[-1].classes_in_this_experience
+            before = before | set(made[-1].classes_in_this_experience)
         streams.append(EagerCLStream(part, made))
     benchmark = CLScenario(streams)
     vars(benchmark).update(vars(order))

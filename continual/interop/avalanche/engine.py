@@ -113,6 +113,11 @@ class AvalancheEngine(Engine):
         from continual.interop.avalanche.strategies import check_scenario
 
         check_scenario(self.settings.strategy, context.scenario)
+        if training.active == "experience" and context.scenario != "task":
+            raise CompositionError(
+                f"training.active: experience needs task labels, which {self.name} gives its strategy in the scenario 'task' "
+                f"only: take 'seen' or 'all' in '{context.scenario}'."
+            )
         self.context, self.training, self.evaluation_rows = context, training, evaluation_rows
         self._competing = Competing(context.competition)
         self._strategy: Any = None

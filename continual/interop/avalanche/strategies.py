@@ -132,10 +132,16 @@ def check_scenario(name: str, scenario: Scenario) -> None:
 
 
 def parameters(found: type[Any]) -> dict[str, inspect.Parameter]:
-    """The named parameters of its constructor."""
-    signature = inspect.signature(found.__init__)
+    """The named parameters of its constructor; one that passes the model and all the rest on has those of its base as well."""
+    signature = inspect.signature(found.__init__).parameters
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return {name: p for name, p in signature.parameters.items() if name != "self" and p.kind not in kinds}
+    own = {name: p for name, p in signature.items() if name != "self" and p.kind not in kinds}
+    passes_on = (
+        any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.values()) and not own.keys() & OURS.keys()
+    )
+    if passes_on and found is not SupervisedTemplate and issubclass(found, SupervisedTemplate):
+        return {**parameters(found.__mro__[1]), **own}
+    return own
 
 
 def _classes(module: Any, base: type[Any]) -> dict[str, type[Any]]:
