@@ -218,7 +218,7 @@ class Learner(Saving):
             if self.folder is not None and self._engine is None:
                 self._checkpoint(None)
             self._failed = None
-        slots = sorted({part.slot for part in self.parts})
+        slots = sorted({part.slot for part in self.parts}) if self._engine is None else None
         retention = (
             self.monitor.latest(hint=slots, name=experience.name) if self.monitor and self.monitor.measured else None
         )
