@@ -6,7 +6,6 @@ import difflib
 import reprlib
 from collections.abc import Iterable
 
-
 MOST = 40
 """Names that a sentence lists."""
 

@@ -59,6 +59,10 @@ class Core:
         self.strategy = Strategy.load(strategy)
         self.seed = int(seed)
         self.processes = Processes(resolve_device(device))
+        if self.strategy.engine is not None and self.processes.count > 1:
+            raise CompositionError(
+                f"{self.strategy.engine.name} trains in one process, and there are {self.processes.count}: start it alone."
+            )
         self.device = self.processes.device
         self.randomness = Randomness(self.seed, self.device)
         self._own_monitor = monitor is None or monitor is True
@@ -205,10 +209,6 @@ class Core:
                 )
             self._context.reserve_classes = experience.total_classes
         if self._engine is not None:
-            if self.processes.count > 1:
-                raise CompositionError(
-                    f"{self._engine.name} trains in one process, and there are {self.processes.count}: start it alone."
-                )
             self._engine.attach(self._context, training, self.evaluation_rows)
 
     def close(self) -> None:

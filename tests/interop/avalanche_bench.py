@@ -1,20 +1,13 @@
-"""What the tests with Avalanche share; none of them runs where it is not installed."""
+"""What the tests with Avalanche share."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from continual import Stream
-from continual.foreign import imported
-
-if find_spec("avalanche") is None:
-    pytest.skip("avalanche is not installed: pip install 'continual-memory[avalanche]'", allow_module_level=True)
-imported("avalanche")
 
 
 class Items(torch.utils.data.Dataset[tuple[Any, int]]):

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import avalanche.training.supervised as supervised
@@ -492,6 +493,12 @@ def test_a_cell_that_broke_off_is_not_gone_on_with_and_one_of_a_study_begins_aga
     assert [outcome.status for outcome in outcomes] == ["done"], outcomes[0].message
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     assert len(result["matrix"]) == 5
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("continual.learner.core.Processes", lambda device: SimpleNamespace(count=2, device=device))
+    with pytest.raises(CompositionError, match="engine/avalanche trains in one process, and there are 2"):
+        learner("avalanche-naive")
 
 
 def test_check_says_what_the_engine_is() -> None:
