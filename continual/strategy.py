@@ -259,12 +259,12 @@ class Strategy:
             if sum(part.slot == slot for part in self.prototypes) > 1:
                 raise CompositionError(f"strategy '{self.name}' has two parts under '{slot}': there can be one.")
         for part in self.prototypes:
+            excluded = {**part.excludes, **part.refuses}
             for other in self.prototypes:
                 for key in (other.slot, f"{other.slot}/{other.kind}"):
-                    if other is not part and key in part.excludes:
+                    if other is not part and key in excluded:
                         raise CompositionError(
-                            f"strategy '{self.name}': {part.name} cannot be combined with {other.name}: "
-                            f"{part.excludes[key]}"
+                            f"strategy '{self.name}': {part.name} cannot be combined with {other.name}: {excluded[key]}"
                         )
         if self.backbone == "frozen" and any(part.slot == "adapter" for part in self.prototypes):
             raise CompositionError(
@@ -279,7 +279,13 @@ class Strategy:
                     "hold effective weights (ewc, mas, l2), or projection/agem."
                 )
         steady = self.backbone == "frozen" or any(part.settles for part in self.prototypes)
+        stacking = any(part.stacks for part in self.prototypes)
         for part in self.prototypes:
+            if part.needs_stacking and not stacking:
+                raise CompositionError(
+                    f"strategy '{self.name}': {part.name} reads the adapters of earlier experiences, and no part keeps "
+                    "them in the model: set adapter to kind 'lora' with across_tasks 'stack'."
+                )
             if part.needs_steady_features and not steady:
                 raise CompositionError(
                     f"strategy '{self.name}': {part.name} adds up features, which must not change once they are: set "

@@ -133,7 +133,7 @@ class Learner(Saving):
 
         Args:
             rows: a list of texts, a tensor or array of inputs, or anything that :meth:`update` takes.
-            experience: in the task scenario, whose classes compete.
+            experience: in the task scenario, whose classes compete, and whose adapter answers where each has its own.
             batch_size: rows of one forward pass; None takes those of the evaluation.
 
         Raises:
@@ -150,7 +150,10 @@ class Learner(Saving):
         with self.randomness.framework(), evaluating(self.model):
             for start in range(0, len(table), batch_size):
                 index = torch.arange(start, min(start + batch_size, len(table)))
-                output = self.answer(to_device(table[index], self.device))
+                batch = to_device(table[index], self.device)
+                if experience is not None:
+                    batch["experience"] = torch.full((len(index),), experience, device=self.device)
+                output = self.answer(batch)
                 found.append(output.logits.float().cpu())
                 if isinstance(head, Familiar) and output.features is not None:
                     familiar.append(head.familiarity(output.features).cpu())

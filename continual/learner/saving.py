@@ -17,6 +17,11 @@ from continual.learner.trust import check_trusted, wishes
 from continual.parts.adapter.adalora import AdaLoRA
 from continual.parts.adapter.export import export_adapter
 from continual.parts.adapter.lora import LoRA
+from continual.parts.adapter.merging import Method
+from continual.parts.adapter.prefix import Prefix
+from continual.parts.adapter.prompt import Prompt
+from continual.parts.adapter.virtual_export import export_virtual
+from continual.randomness import Randomness
 from continual.state import load_state, save_state
 from continual.strategy import Strategy
 from continual.table import Table
@@ -49,19 +54,62 @@ class Saving(Core):
         self.processes.from_main(lambda: save_state(Path(folder), self._state(with_tests=True)))
         return Path(folder)
 
-    def export(self, folder: Path | str, *, max_rank: int | None = None) -> Path:
+    def export(
+        self,
+        folder: Path | str,
+        *,
+        max_rank: int | None = None,
+        merge: Method = "cat",
+        density: float | None = None,
+        experience: int | None = None,
+    ) -> Path:
         """Write what the adapters learnt as one plain LoRA folder that stock PEFT loads on the original base.
+
+        A prompt or a prefix becomes PEFT's own. Adapters that are kept apart go into one folder each: ``folder/0``,
+        ``folder/1`` and so on.
 
         Args:
             max_rank: refuse a rank above it, such as a server's limit.
+            merge: how the adapters of several experiences become one. ``cat`` is their exact sum; ``svd``, ``ties`` and
+                ``dare`` come down to ``max_rank``, and write the error that this makes into ``continual.json``.
+            density: share of entries that ``ties`` and ``dare`` keep.
+            experience: export the adapter of this one alone, from 0, where each has its own.
 
         Raises:
-            CompositionError: the strategy trains no adapter.
+            CompositionError: the strategy trains no adapter, or there is no such one.
+            SpecError: a way to merge that is not there, or lacks what it needs.
         """
-        adapter = next((part for part in self.parts if isinstance(part, LoRA | AdaLoRA)), None)
+        adapter = next((part for part in self.parts if isinstance(part, LoRA | AdaLoRA | Prompt | Prefix)), None)
         if adapter is None:
             raise CompositionError(f"strategy '{self.strategy.name}' trains no adapter: export() is for those that do.")
-        self.processes.from_main(lambda: str(export_adapter(self.model, adapter, Path(folder), max_rank=max_rank)))
+        if isinstance(adapter, Prompt | Prefix) and (max_rank, merge, density) != (None, "cat", None):
+            raise CompositionError(
+                f"{adapter.name} has no ranks and is not merged: leave max_rank, merge and density out."
+            )
+
+        def write(target: Path, only: int | None) -> None:
+            if isinstance(adapter, Prompt | Prefix):
+                export_virtual(self.model, adapter, target, only=only)
+                return
+            export_adapter(
+                self.model,
+                adapter,
+                target,
+                max_rank=max_rank,
+                method=merge,
+                density=density,
+                generator=Randomness(self.seed).generator("merge"),
+                only=only,
+            )
+
+        def write_all() -> None:
+            if adapter.adapters.apart and experience is None:
+                for place in range(len(adapter.adapters.names)):
+                    write(Path(folder) / str(place), place)
+            else:
+                write(Path(folder), experience)
+
+        self.processes.from_main(write_all)
         return Path(folder)
 
     @classmethod

@@ -8,7 +8,7 @@ Letters: B rows, D features, K classes or outputs, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Model(nn.Module):
         head: set by the head's part; gives logits (B, K) from features (B, D).
         adapter_replaced: set by an adapter's part: whether its parameters live for one experience only, so that nothing
             can be anchored to them.
+        router: set by an adapter's part that keeps several apart: calls the backbone, each row with its own adapter.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Model(nn.Module):
         self.tokenizer, self.max_length = tokenizer, max_length
         self.base_sha256 = base_sha256
         self.adapter_replaced = False
+        self.router: Callable[[nn.Module, Batch], Tensor] | None = None
         self._pristine: list[nn.Parameter] = []
 
     def forward(self, batch: Batch) -> Output:
@@ -70,13 +72,17 @@ class Model(nn.Module):
             ModelError: no head has been attached to a backbone that gives features.
         """
         if not self.gives_features:
-            return Output(self.backbone(batch))
+            return Output(self._run(batch))
         if self.head is None:
             raise ModelError(
                 "the model gives features and has no head: name one in the strategy, such as head: {kind: linear}."
             )
-        features_BD: Tensor = self.backbone(batch)
+        features_BD = self._run(batch)
         return Output(self.head(features_BD), features_BD)
+
+    def _run(self, batch: Batch) -> Tensor:
+        given: Tensor = self.backbone(batch) if self.router is None else self.router(self.backbone, batch)
+        return given
 
     @property
     def transformer(self) -> nn.Module:

@@ -43,6 +43,8 @@ def load_pretrained(spec: PretrainedSpec, objective: Objective) -> Model:
     language = objective in ("causal-lm", "seq2seq")
     if language and spec.pooling != "auto":
         raise ModelError(f"'pooling: {spec.pooling}' has no meaning for {objective}: leave it out.")
+    if language and spec.layers > 1:
+        raise ModelError(f"'layers: {spec.layers}' has no meaning for {objective}: leave it out.")
     folder = resolve(spec.name)
     digest = base_sha256(folder)
     with _quiet():
@@ -56,13 +58,14 @@ def load_pretrained(spec: PretrainedSpec, objective: Objective) -> Model:
         backbone = LanguageModel(transformer, seq2seq=objective == "seq2seq")
     else:
         settings["pooling"] = pooling = _pooling(folder, spec, config)
-        backbone = PooledTransformer(transformer, pooling)
+        _check_layers(spec, config)
+        backbone = PooledTransformer(transformer, pooling, spec.layers)
     model = Model(
         backbone,
         gives_features=not language,
         objectives=(objective,) if language else ("classification", "regression"),
         spec=settings,
-        feature_size=None if language else int(config.get_text_config().hidden_size),
+        feature_size=None if language else spec.layers * int(config.get_text_config().hidden_size),
         tokenizer=tokenizer,
         max_length=max_length,
         base_sha256=digest,
@@ -150,6 +153,15 @@ def _pooling(folder: Path, spec: PretrainedSpec, config: Any) -> Literal["mean",
 
     decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
     return "last" if decoder and not config.is_encoder_decoder else "mean"
+
+
+def _check_layers(spec: PretrainedSpec, config: Any) -> None:
+    there = int(config.get_text_config().num_hidden_layers) + 1
+    if spec.layers > there:
+        raise ModelError(
+            f"'layers: {spec.layers}' is more than the {there} hidden states that '{spec.name}' has, its embeddings among "
+            "them: lower it."
+        )
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -38,6 +38,8 @@ class PretrainedSpec(Spec):
         name: hub name, ``all-MiniLM-L6-v2``, or a folder with ``config.json`` and safetensors.
         pooling: how the tokens' features become the row's. ``auto``: what the folder's own ``1_Pooling`` says, else
             ``last`` for a decoder and ``mean`` for an encoder. Not for language models.
+        layers: hidden states, counted back from the last, that are pooled and laid side by side, each L2-normalised where
+            there is more than one: wider features, which heads without gradients put to good use. Not for language models.
         max_length: tokens kept of a row.
         dtype: of the weights.
     """
@@ -45,6 +47,7 @@ class PretrainedSpec(Spec):
     kind: Literal["pretrained"] = "pretrained"
     name: str = Field(min_length=1)
     pooling: Pooling = "auto"
+    layers: int = Field(default=1, ge=1)
     max_length: int = Field(default=128, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 

@@ -1,7 +1,8 @@
 """Transformers inside a model: pooled into features for a head, or as language models that give logits themselves.
 
 Mean pooling is that of sentence-transformers (Reimers & Gurevych 2019, arXiv 1908.10084): the mean of the last hidden
-states over the tokens that are not padding. Features are not normalised: that is the head's to decide.
+states over the tokens that are not padding. Features are not normalised: that is the head's to decide; those of several
+layers are, each by itself, so that none outweighs the others.
 
 Letters: B rows, T tokens, D features, V vocabulary.
 """
@@ -13,6 +14,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from continual.errors import ModelError, quoted
 from continual.table import Batch
@@ -24,24 +26,33 @@ class PooledTransformer(nn.Module):
     Args:
         transformer: called with ``input_ids`` and ``attention_mask``; its output has ``last_hidden_state`` (B, T, D).
         pooling: ``mean`` over the tokens, the first token (``cls``), or the ``last`` one that is not padding.
+        layers: hidden states, counted back from the last, whose features are laid side by side, the last one first.
     """
 
     holds = "transformer"
 
-    def __init__(self, transformer: nn.Module, pooling: Literal["mean", "cls", "last"]) -> None:
+    def __init__(self, transformer: nn.Module, pooling: Literal["mean", "cls", "last"], layers: int = 1) -> None:
         super().__init__()
-        self.transformer, self.pooling = transformer, pooling
-        self._options = {"use_cache": False} if "use_cache" in inspect.signature(transformer.forward).parameters else {}
+        self.transformer, self.pooling, self.layers = transformer, pooling, layers
+        self._options = {"output_hidden_states": True} if layers > 1 else {}
+        self._options |= (
+            {"use_cache": False} if "use_cache" in inspect.signature(transformer.forward).parameters else {}
+        )
 
     def forward(self, batch: Batch) -> Tensor:
-        """Features float32 (B, D), which the padding to the right of a row does not change.
+        """Features float32 (B, layers · D), which the padding to the right of a row does not change.
 
         Raises:
             ModelError: the batch has no ``input_ids``.
         """
         ids_BT, mask_BT = _tokens(batch)
-        hidden_BTD = self.transformer(input_ids=ids_BT, attention_mask=mask_BT, **self._options).last_hidden_state
-        return pool(hidden_BTD, mask_BT, self.pooling)
+        output = self.transformer(input_ids=ids_BT, attention_mask=mask_BT, **self._options)
+        features_BD = pool(output.last_hidden_state, mask_BT, self.pooling)
+        if self.layers == 1:
+            return features_BD
+        below = output.hidden_states[-2 : -self.layers - 1 : -1]
+        found = [features_BD, *(pool(hidden_BTD, mask_BT, self.pooling) for hidden_BTD in below)]
+        return torch.cat([F.normalize(each_BD, dim=1) for each_BD in found], dim=1)
 
 
 class LanguageModel(nn.Module):

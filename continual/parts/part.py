@@ -122,6 +122,7 @@ class Part:
         needs_steady_features: it adds up features of each experience's rows once, so the backbone must be frozen, or
             settle after the first experience.
         needs_lasting_parameters: it remembers something of each parameter that holds for that parameter only.
+        needs_stacking: it reads the adapters of earlier experiences, which an adapter part must keep in the model.
         excludes: ``slot`` or ``slot/kind`` that it cannot be combined with → why, and what to use instead.
     """
 
@@ -131,6 +132,7 @@ class Part:
     needs_head: ClassVar[bool] = False
     needs_steady_features: ClassVar[bool] = False
     needs_lasting_parameters: ClassVar[bool] = False
+    needs_stacking: ClassVar[bool] = False
     excludes: ClassVar[dict[str, str]] = {}
 
     context: Context
@@ -162,6 +164,16 @@ class Part:
     @property
     def replaces(self) -> bool:
         """Whether what it trains lives for one experience only, and other parameters come after it."""
+        return False
+
+    @property
+    def refuses(self) -> dict[str, str]:
+        """As ``excludes``, where it depends on the settings."""
+        return {}
+
+    @property
+    def stacks(self) -> bool:
+        """Whether it keeps the adapters of earlier experiences in the model, frozen and active."""
         return False
 
     def check_objective(self, objective: Objective) -> None:

@@ -10,6 +10,8 @@ PARTS: dict[Slot, dict[str, str]] = {
     "adapter": {
         "lora": "continual.parts.adapter.lora:LoRA",
         "adalora": "continual.parts.adapter.adalora:AdaLoRA",
+        "prompt": "continual.parts.adapter.prompt:Prompt",
+        "prefix": "continual.parts.adapter.prefix:Prefix",
     },
     "head": {
         "linear": "continual.parts.head.linear:LinearHead",
@@ -30,6 +32,7 @@ PARTS: dict[Slot, dict[str, str]] = {
         "ewc": "continual.parts.penalty.ewc:EWC",
         "l2": "continual.parts.penalty.l2:L2",
         "mas": "continual.parts.penalty.mas:MAS",
+        "orthogonal": "continual.parts.penalty.orthogonal:Orthogonal",
         "rwalk": "continual.parts.penalty.rwalk:RWalk",
         "si": "continual.parts.penalty.si:SI",
     },
@@ -41,6 +44,7 @@ PARTS: dict[Slot, dict[str, str]] = {
         "agem": "continual.parts.projection.agem:AGEM",
         "gem": "continual.parts.projection.gem:GEM",
         "ogd": "continual.parts.projection.ogd:OGD",
+        "osf": "continual.parts.projection.osf:OSF",
     },
     "recall": {},
 }

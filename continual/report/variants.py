@@ -58,7 +58,7 @@ def _quick(run: Result) -> str:
 def _made_of(run: Result, told: bool) -> Flat:
     """What decides a run's figures beside stream and seed, by dotted key."""
     origin = run.provenance
-    base, model = origin.base_model_sha256, origin.model or {}
+    base, model = origin.base_model_sha256, _whole_model(origin.model or {})
     content: dict[str, Any] = {"model": model if base is None else {k: v for k, v in model.items() if k != "name"}}
     content["base_model_sha256"] = base and base[:12]
     if told:
@@ -81,6 +81,17 @@ def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
     except (ContinualError, TypeError):
         whole = dict(settings)
     return {key: value for key, value in whole.items() if key not in ("summary", "source")}
+
+
+def _whole_model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a model with the defaults of those that were added since, where it is one of ours."""
+    from continual.models.spec import KINDS
+    from continual.spec import parse
+
+    try:
+        return {**parse(KINDS[str(model.get("kind"))], dict(model), "the model").model_dump(mode="json"), **model}
+    except (ContinualError, KeyError):
+        return dict(model)
 
 
 def _flat(content: Mapping[str, Any], above: str = "") -> Flat:

@@ -26,7 +26,7 @@ TIMES = ("cost", "provenance")
 
 def command(stream: str, strategy: str, out: Path, *extra: str) -> list[str]:
     base = [sys.executable, "-m", "continual.cli", "run", stream, strategy]
-    return [*base, "--out", str(out), "--seed", "0", "--device", "cpu", "--save-every", "5", *extra]
+    return [*base, "--out", str(out), "--seed", "0", "--device", "cpu", *extra]
 
 
 def figures(folder: Path) -> dict[str, Any]:
@@ -82,9 +82,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     arguments = parser.parse_args()
     rows = []
-    longer = ["--set", "training.epochs=40"]
+    longer = ["--set", "training.epochs=40", "--save-every", "5"]
     plan = [("split-digits", "rehearsal", longer), ("split-digits", "ewc-rehearsal", longer)]
-    plan += [("docstrings", "adalora-rehearsal", [])]
+    plan += [("docstrings", "adalora-rehearsal", ["--save-every", "2"])]
     for stream, strategy, options in plan:
         with tempfile.TemporaryDirectory() as place:
             whole, cut = Path(place) / "whole", Path(place) / "cut"

@@ -101,6 +101,19 @@ def test_minilm_is_found_offline_and_padding_never_changes_its_features() -> Non
     torch.testing.assert_close(model.backbone(dict(tokens)), by_hand, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layers_side_by_side(folders: dict[str, Path], name: str) -> None:
+    spec = {"kind": "pretrained", "name": str(folders[name]), "pooling": "mean", "layers": 3}
+    model = build_model(spec, objective="classification")
+    assert model.feature_size == 48 and model.spec["layers"] == 3
+    check_padding(model.backbone, 50)
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    states = model.transformer(input_ids=ids, output_hidden_states=True)
+    by_hand = [states.last_hidden_state.mean(1), *(states.hidden_states[place].mean(1) for place in (-2, -3))]
+    expected = torch.cat([each / each.norm(dim=1, keepdim=True) for each in by_hand], 1)
+    torch.testing.assert_close(model.backbone({"input_ids": ids}), expected)
+
+
 def test_pool_against_a_loop() -> None:
     hidden, mask = torch.randn(3, 4, 2), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]])
     hidden[0, 3] = torch.nan
@@ -197,6 +210,8 @@ def test_impossible_settings_are_refused(folders: dict[str, Path], tmp_path: Pat
 
     assert "more than the 40 tokens" in said(folders["bert"], max_length=41)
     assert "has no meaning for causal-lm" in said(folders["llama"], "causal-lm", pooling="mean")
+    assert "has no meaning for causal-lm" in said(folders["llama"], "causal-lm", layers=2)
+    assert "more than the 3 hidden states" in said(folders["bert"], layers=4)
     assert "was trained for causal-lm" in said(folders["bert"], "causal-lm")
     assert "could not be loaded for seq2seq" in said(folders["llama"], "seq2seq")
     assert "holds no model.safetensors" in said(tmp_path)

@@ -185,7 +185,7 @@ def test_many_differences_are_counted_and_names_stay_apart(make: Any, tmp_path: 
 def test_runs_that_differ_in_name_only_are_alike(make: Any, tmp_path: Path) -> None:
     base, older = {"kind": "pretrained", "name": "a/base"}, _made("6", model=None)
     older["settings"]["training"] = {**older["settings"]["training"], "warmup": 0.0}
-    older |= {"base_model_sha256": "ab" * 32, "model": {**base, "name": "/elsewhere/base"}}
+    older |= {"base_model_sha256": "ab" * 32, "model": {**base, "name": "/elsewhere/base", "layers": 1}}
     make("er", 0, provenance=_made("5", base_model_sha256="ab" * 32, model=base) | {"seed": 0})
     make("er", 1, provenance=older)
     (stream,) = aggregate(load_results([tmp_path]))

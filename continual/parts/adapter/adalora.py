@@ -126,6 +126,10 @@ class AdaLoRA(Part):
     def replaces(self) -> bool:
         return True
 
+    @property
+    def stacks(self) -> bool:
+        return self.settings.across_tasks == "stack"
+
     def begin(self, context: Context, experience: Experience) -> None:
         """A fresh adapter, a fresh schedule from ``context.steps``, a fresh allocator.
 

@@ -11,7 +11,8 @@ name may be the beginning of another one.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -36,14 +37,17 @@ Tuner = Literal["lora", "adalora"]
 class Adapters:
     """The adapters that one part has given to one model.
 
+    Args:
+        apart: only the last adapter is active, unless :meth:`only` says another; else all of them are.
+
     Attributes:
-        names: adapters that are in the model, oldest first; the last one trains, the others are frozen and active.
+        names: adapters that are in the model, oldest first; the last one trains, the others are frozen.
         merged: of each adapter that was added to the base weights, in order: layer name → its fold, on the CPU.
         layers: the layers that carry adapters, by their name in the transformer.
     """
 
-    def __init__(self, tuner: Tuner) -> None:
-        self.kind = tuner
+    def __init__(self, tuner: Tuner, *, apart: bool = False) -> None:
+        self.kind, self.apart = tuner, apart
         self.names: list[str] = []
         self.merged: list[dict[str, Fold]] = []
         self.layers: dict[str, nn.Module] = {}
@@ -61,7 +65,7 @@ class Adapters:
         return [parameter for parameters in found for parameter in parameters.values()]
 
     def add(self, model: nn.Module, config: Any, target: Target) -> str:
-        """A new adapter that trains; the adapters before it are frozen, stay active and lose their dropout.
+        """A new adapter that trains; the adapters before it are frozen and lose their dropout.
 
         Raises:
             ModelError: the model carries adapters that are not ours.
@@ -97,6 +101,20 @@ class Adapters:
         for name in self.names:
             self.tuner.peft_config[name].inference_mode = True
             self._freeze(name)
+
+    @contextmanager
+    def only(self, name: str | None) -> Iterator[None]:
+        """The model with one adapter, or with none; afterwards, also after an exception, as it was.
+
+        PEFT's own ``set_adapter`` would make it trainable.
+        """
+        before: dict[Any, Any] = {layer: layer._active_adapter for layer in self.layers.values()}
+        try:
+            self._activate([] if name is None else [name])
+            yield
+        finally:
+            for layer, active in before.items():
+                layer._active_adapter = active
 
     def check_mergeable(self) -> None:
         """Raise :class:`CompositionError` unless adapters add to the base weights without rounding: float32."""
@@ -167,9 +185,16 @@ class Adapters:
             peft_layer: Any = layer
             layer.train(peft_layer.get_base_layer().training)
 
+    def _activate(self, names: list[str]) -> None:
+        for layer in self.layers.values():
+            peft_layer: Any = layer
+            peft_layer._active_adapter = names
+
     def _settle(self) -> None:
         """Make all adapters active, the last one alone trainable, in float32; the older ones lose their dropout."""
         self.tuner.set_adapter(list(self.names))
+        if self.apart:
+            self._activate([self.current])
         for parameter in self.parameters(self.current):
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()

@@ -1,8 +1,9 @@
 """All that the adapters of a model have learned, as one plain LoRA folder, which stock PEFT and vLLM read.
 
 Every adapter of every task (trained on, stacked or merged, LoRA or AdaLoRA) is folded to A and B with nothing beside
-them; the folds of one layer are put side by side along the rank, which sums them exactly. alpha equals the rank in
-every layer, so that the scaling is 1 also for a reader that knows one global rank only. A layer of rank 0 is no target.
+them; the folds of one layer are put side by side along the rank, which sums them exactly, or merged in another way
+(:mod:`~continual.parts.adapter.merging`). alpha equals the rank in every layer, so that the scaling is 1 also for a reader
+that knows one global rank only. A layer of rank 0 is no target.
 
 The folder is written beside its place, flushed and renamed. ``continual.json`` in it names the base model and its
 SHA-256, since PEFT loads an adapter on any base of the same shapes without a word.
@@ -17,13 +18,15 @@ import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from continual.errors import CompositionError, ModelError, StateError
+from continual.errors import CompositionError, ModelError, SpecError, StateError
 from continual.models.lowrank import Fold, fold, is_transposed, stack_folds
 from continual.parts.adapter.common import Adapters, transformer_of
+from continual.parts.adapter.merging import METHODS, Method, check_merge, merge
 from continual.parts.adapter.targets import shortest
 from continual.state import replace_folder, seal_folder
 
@@ -39,7 +42,17 @@ class Adapting(Protocol):
     def name(self) -> str: ...
 
 
-def export_adapter(model: nn.Module, part: Adapting, folder: Path, *, max_rank: int | None = None) -> Path:
+def export_adapter(
+    model: nn.Module,
+    part: Adapting,
+    folder: Path,
+    *,
+    max_rank: int | None = None,
+    method: Method = "cat",
+    density: float | None = None,
+    generator: torch.Generator | None = None,
+    only: int | None = None,
+) -> Path:
     """Write the sum of all adapters as a LoRA folder; returns ``folder``.
 
     Args:
@@ -47,21 +60,40 @@ def export_adapter(model: nn.Module, part: Adapting, folder: Path, *, max_rank: 
         part: its adapter part.
         folder: replaced where it is an earlier export; any other folder that holds files is left alone.
         max_rank: the highest rank that the reader can serve; ranks of stacked and merged tasks add up.
+        method: how the tasks are merged. ``cat`` is their exact sum; the others bring it to ``max_rank``, which they need,
+            and write their relative error against the sum into ``continual.json``.
+        density, generator: of the method (:func:`~continual.parts.adapter.merging.merge`).
+        only: the one adapter to export, from 0 in order of birth; None for all of them.
 
     Raises:
-        CompositionError: there is nothing to export, or a layer's rank is above ``max_rank``.
+        CompositionError: there is nothing to export, no such adapter, or the exact sum's rank is above ``max_rank``.
+        SpecError: an unknown method, or one that lacks its ``max_rank``.
         StateError: the folder cannot be written, or is not ours to replace.
     """
-    folds = total_folds(part.adapters)
+    tasks, error = task_folds(part.adapters), 0.0
+    if only is not None:
+        if not 0 <= only < len(tasks):
+            raise CompositionError(
+                f"{part.name} has {len(tasks)} adapters and number {only} was asked for: count from 0."
+            )
+        tasks = tasks[only : only + 1]
+    folds = _summed(tasks)
     highest = max((A.shape[0] for A, _ in folds.values()), default=0)
     if highest == 0:
         raise CompositionError(
             f"{part.name} has learned nothing that could be exported: train at least one experience first."
         )
-    if max_rank is not None and highest > max_rank:
+    if method in METHODS and method != "cat" and max_rank is None:
+        raise SpecError(f"'{method}' leaves changes of full rank: give max_rank, or take 'cat'.")
+    check_merge(tasks, method, rank=max_rank, density=density, generator=generator)
+    if method != "cat":
+        merged = merge(tasks, method, rank=max_rank, density=density, generator=generator)
+        folds, error = merged.folds, merged.error
+    elif max_rank is not None and highest > max_rank:
         raise CompositionError(
             f"the folded adapter has rank {highest} and max_rank is {max_rank}: raise max_rank, train with a lower "
-            "rank or on fewer tasks, or use kind 'lora' with across_tasks 'continue', under which ranks do not add up."
+            "rank or on fewer tasks, use kind 'lora' with across_tasks 'continue', under which ranks do not add up, or "
+            "merge by 'svd', which approximates."
         )
     tensors = {}
     for layer, (A, B) in folds.items():
@@ -70,24 +102,25 @@ def export_adapter(model: nn.Module, part: Adapting, folder: Path, *, max_rank: 
     record = {
         "format": 1,
         "part": part.name,
-        "base_model": _base_name(model),
+        "base_model": base_name(model),
         "base_model_sha256": getattr(model, "base_sha256", None),
-        "adapters": len(part.adapters.merged) + len(part.adapters.names),
+        "adapters": len(tasks),
         "ranks": {layer: A.shape[0] for layer, (A, _) in folds.items()},
+        "merge": method,
+        "relative_error": error,
     }
-    return _write(Path(folder).resolve(), tensors, lora_config(model, part.adapters, folds), record)
+    return write_folder(Path(folder).resolve(), tensors, lora_config(model, part.adapters, folds), record)
+
+
+def task_folds(adapters: Adapters) -> list[dict[str, Fold]]:
+    """Of every adapter, merged ones first: layer name → its fold, on the CPU."""
+    now = [{name: _cpu(fold(layer, adapter)) for name, layer in adapters.layers.items()} for adapter in adapters.names]
+    return [*adapters.merged, *now]
 
 
 def total_folds(adapters: Adapters) -> dict[str, Fold]:
     """Layer name → the sum of all its adapters, merged ones first, on the CPU; layers of rank 0 are left out."""
-    totals = {}
-    for name, layer in adapters.layers.items():
-        now = [fold(layer, adapter) for adapter in adapters.names]
-        folds = [folds[name] for folds in adapters.merged] + [(A.cpu(), B.cpu()) for A, B in now]
-        total = stack_folds(folds)
-        if total[0].shape[0]:
-            totals[name] = total
-    return totals
+    return _summed(task_folds(adapters))
 
 
 def lora_config(model: nn.Module, adapters: Adapters, folds: dict[str, Fold]) -> dict[str, Any]:
@@ -108,8 +141,8 @@ def lora_config(model: nn.Module, adapters: Adapters, folds: dict[str, Fold]) ->
         alpha_pattern=dict(pattern),
         fan_in_fan_out=all(is_transposed(layer.get_base_layer()) for layer in bases),
         bias="none",
-        task_type=_task_type(transformer),
-        base_model_name_or_path=_base_name(model),
+        task_type=task_type(transformer),
+        base_model_name_or_path=base_name(model),
         inference_mode=True,
     )
     content: dict[str, Any] = config.to_dict()
@@ -138,7 +171,12 @@ def check_base(folder: Path, base_sha256: str) -> None:
         )
 
 
-def _write(folder: Path, tensors: dict[str, Any], config: dict[str, Any], record: dict[str, Any]) -> Path:
+def write_folder(folder: Path, tensors: dict[str, Any], config: dict[str, Any], record: dict[str, Any]) -> Path:
+    """Write an adapter beside its place, flush it and rename it; returns ``folder``.
+
+    Raises:
+        StateError: the folder cannot be written, or is not ours to replace.
+    """
     if folder.exists() and not (folder / RECORD).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise StateError(f"'{folder}' holds something that is not an exported adapter: name a new or an empty folder.")
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
@@ -158,18 +196,30 @@ def _write(folder: Path, tensors: dict[str, Any], config: dict[str, Any], record
     return folder
 
 
+def _summed(tasks: list[dict[str, Fold]]) -> dict[str, Fold]:
+    names = dict.fromkeys(name for folds in tasks for name in folds)
+    totals = {name: stack_folds([folds[name] for folds in tasks]) for name in names}
+    return {name: total for name, total in totals.items() if total[0].shape[0]}
+
+
+def _cpu(folded: Fold) -> Fold:
+    return folded[0].cpu(), folded[1].cpu()
+
+
 def _inside(name: str, adapters: Adapters) -> bool:
     """Whether a module is part of an adapted layer, and so not in the pristine base."""
     return any(name.startswith(f"{layer}.") for layer in adapters.layers)
 
 
-def _base_name(model: nn.Module) -> str:
+def base_name(model: nn.Module) -> str:
+    """What the base model is called, or an empty string."""
     spec = getattr(model, "spec", None)
     named = spec.get("name") if isinstance(spec, dict) else None
     return str(named or getattr(getattr(transformer_of(model), "config", None), "_name_or_path", "") or "")
 
 
-def _task_type(transformer: nn.Module) -> str | None:
+def task_type(transformer: nn.Module) -> str | None:
+    """PEFT's word for what a language model does; None for any other."""
     name = type(transformer).__name__
     if name.endswith("ForCausalLM") or name.endswith("LMHeadModel"):
         return "CAUSAL_LM"

@@ -123,7 +123,12 @@ class Springs:
 
 
 def check_space(wanted: WantedSpace, model: nn.Module) -> None:
-    """Raise :class:`CompositionError` where ``weights`` is asked for and there is no adapted layer."""
+    """Raise :class:`CompositionError` where nothing can be held in the space asked for."""
+    if getattr(model, "router", None) is not None:
+        raise CompositionError(
+            "every experience has an adapter of its own, which later ones do not change, so there is nothing for a penalty to "
+            "hold: leave it out, or set adapter.across_tasks to 'continue' or 'stack'."
+        )
     if wanted == "weights" and not adapted_layers(model):
         raise CompositionError(
             "the penalty's space is 'weights' and the model has no adapted layer: add an adapter, or set space to "

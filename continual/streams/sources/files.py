@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from continual.errors import StreamError, quoted
 from continual.objective import Objective
@@ -19,6 +19,7 @@ from continual.streams.content import row_keys
 from continual.streams.folders import Place, cache_folder
 from continual.streams.sources.cells import numbered, read_options
 from continual.streams.sources.rows import PARTS, Part, Raw, Rows, assemble, take
+from continual.streams.sources.several import at_most, one_of
 from continual.streams.sources.tabular import TabularSource, decodable, quiet
 
 if TYPE_CHECKING:
@@ -46,6 +47,14 @@ class Shares(Spec):
         return self
 
 
+class Most(Spec):
+    """Rows that a part keeps at most, of each folder: those of smallest hash of their content; null keeps all."""
+
+    train: PositiveInt | None = None
+    valid: PositiveInt | None = None
+    test: PositiveInt | None = None
+
+
 class FilesSource(TabularSource):
     """Settings of the source ``files``; the columns are those of :class:`TabularSource`.
 
@@ -54,7 +63,10 @@ class FilesSource(TabularSource):
             is not given, the folder or file named with ``--data``. A path with a suffix names one file, for which the
             files of a folder are never taken.
         train, valid, test: files of the parts, where they have other names (in the folder ``path``).
+        folders: data sets that lie in a folder each, below ``path``; a row's domain is its folder then, and its class
+            carries the folder's name (``agnews/World``).
         shares: parts taken from the training rows.
+        most: rows of each part (of each folder) that are kept.
     """
 
     kind: Literal["files"] = "files"
@@ -62,7 +74,20 @@ class FilesSource(TabularSource):
     train: str | None = None
     valid: str | None = None
     test: str | None = None
+    folders: list[str] | None = Field(default=None, min_length=1)
     shares: Shares = Shares()
+    most: Most = Most()
+
+    @model_validator(mode="after")
+    def _domain_is_the_folder(self) -> FilesSource:
+        if self.folders is not None and (self.domain is not None or self.train or self.valid or self.test):
+            raise ValueError(
+                "with folders, a row's domain is its folder and each has its own parts: leave domain, "
+                "train, valid and test out"
+            )
+        if self.folders is not None and len(set(self.folders)) < len(self.folders):
+            raise ValueError("folders names one twice")
+        return self
 
     def load(self, place: Place, objective: Objective) -> Rows:
         """The rows.
@@ -74,8 +99,25 @@ class FilesSource(TabularSource):
             return self._rows(place, objective)
 
     def _rows(self, place: Place, objective: Objective) -> Rows:
+        if self.folders is None:
+            raws = self._parts(self._paths(place, self.path), objective)
+        else:
+            each = {name: self._parts(self._paths(place, self._inside(name)), objective) for name in self.folders}
+            present = [part for part in PARTS if any(part in raws for raws in each.values())]
+            raws = {
+                part: one_of({name: raws[part] for name, raws in each.items() if part in raws}, objective)
+                for part in present
+            }
+        return assemble(raws, objective, "the source 'files'", overlap=self.overlap)
+
+    def _inside(self, folder: str) -> str:
+        """A folder below ``path``, and never one outside."""
+        if Path(folder).is_absolute() or ".." in Path(folder).parts:
+            raise StreamError(f"the folder '{folder}' does not lie below 'path': name it by its place there.")
+        return str(Path(self.path or "") / folder)
+
+    def _parts(self, paths: dict[Part, Path], objective: Objective) -> dict[Part, Raw]:
         raws: dict[Part, Raw] = {}
-        paths = self._paths(place)
         for part, path in paths.items():
             raws[part] = self.raw(read_file(path, self.string_columns(objective)), objective, f"'{path}'")
         if objective == "classification":
@@ -85,22 +127,24 @@ class FilesSource(TabularSource):
             if share and part in raws:
                 raise StreamError(f"the source 'files' has {part} rows and 'shares.{part}' as well: use one of them.")
         raws |= split_off(raws["train"], self.shares)
-        return assemble(raws, objective, "the source 'files'", overlap=self.overlap)
+        return {part: at_most(raw, getattr(self.most, part)) for part, raw in raws.items()}
 
-    def _paths(self, place: Place) -> dict[Part, Path]:
+    def _paths(self, place: Place, folder: str | None) -> dict[Part, Path]:
         named = {part: getattr(self, part) for part in PARTS if getattr(self, part) is not None}
         if named:
             root = Path(self.path or "")
             found = {part: place.find(root / name, Path.is_file) for part, name in named.items()}
             for part, path in found.items():
                 if path is None:
-                    raise StreamError(f"the {part} file '{root / named[part]}' was not found: {self._advice(place)}")
+                    raise StreamError(
+                        f"the {part} file '{root / named[part]}' was not found: {self._advice(place, root)}"
+                    )
             if "train" not in found:
                 raise StreamError("the source 'files' names no 'train' file: name one.")
             return {part: path for part, path in found.items() if path is not None}
-        if self.path is None and place.data is None:
+        if folder is None and place.data is None:
             raise StreamError("the source 'files' has no 'path': name one there, or a folder with --data.")
-        relative = Path(self.path or "")
+        relative = Path(folder or "")
 
         def fits(found: Path) -> bool:
             whole = not relative.suffix or found.name == relative.name
@@ -109,13 +153,13 @@ class FilesSource(TabularSource):
         path = place.find(relative, fits)
         if path is None:
             raise StreamError(
-                f"no training file was found for '{self.path or place.data}' (a folder needs one called train, with "
-                f"{quoted(SUFFIXES)}): {self._advice(place)}"
+                f"no training file was found for '{folder or place.data}' (a folder needs one called train, with "
+                f"{quoted(SUFFIXES)}): {self._advice(place, relative)}"
             )
         return {"train": path} if path.is_file() else _parts_in(path)
 
-    def _advice(self, place: Place) -> str:
-        looked = quoted(dict.fromkeys(path.resolve() for path in place.candidates(Path(self.path or ""))))
+    def _advice(self, place: Place, relative: Path) -> str:
+        looked = quoted(dict.fromkeys(path.resolve() for path in place.candidates(relative)))
         return f"looked in {looked}; name the folder with --data or the environment variable CONTINUAL_DATA."
 
 

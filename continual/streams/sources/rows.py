@@ -34,6 +34,7 @@ class Raw:
     Attributes:
         table: the feature columns (``inputs``, ``text``, ``prompt``, ``completion``, ``messages``).
         labels, domain, time, ids: one value a row, or None.
+        notes: what became of rows that are not here, in sentences.
     """
 
     table: Table
@@ -41,6 +42,7 @@ class Raw:
     domain: Values | None = None
     time: Values | None = None
     ids: Values | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def assemble(
     if not trusted:
         for part, raw in raws.items():
             _check_features(raw.table, f"{where}, {part}")
-    notes: list[str] = []
+    notes = list(dict.fromkeys(note for raw in raws.values() for note in raw.notes))
     if overlap == "drop" and "test" in raws:
         before = {part: len(raw.table) for part, raw in raws.items()}
         raws = {part: raw if part == "test" else _without(raw, raws["test"]) for part, raw in raws.items()}
@@ -294,7 +296,7 @@ def take(raw: Raw, index: Tensor) -> Raw:
         table = TensorTable(columns)
     else:
         table = table.select(index)
-    return Raw(table, chosen(raw.labels), chosen(raw.domain), chosen(raw.time), chosen(raw.ids))
+    return Raw(table, chosen(raw.labels), chosen(raw.domain), chosen(raw.time), chosen(raw.ids), raw.notes)
 
 
 def _row_ids(raws: dict[Part, Raw], where: str) -> dict[Part, Tensor]:

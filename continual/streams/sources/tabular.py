@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 
 from continual.errors import StreamError, nearest, quoted
 from continual.objective import Objective
 from continual.spec import Spec
 from continual.streams.columns import named
 from continual.streams.content import TEXTS
-from continual.streams.sources.rows import Raw, Values
+from continual.streams.sources.rows import Raw, Values, take
 from continual.streams.tokens import TEXT_GROUPS
 from continual.table import ArrowTable, Table, TensorTable
 
@@ -37,6 +39,7 @@ class TabularSource(Spec):
         prompt, completion: columns of a language model's question and answer.
         messages: column of chats, each a list of ``{role, content}``.
         label: column of classes (whole numbers or names) or of targets.
+        unlabelled: labels that stand for none (``-`` in MNLI): rows that have one are left out, and that is said.
         domain, time: columns for a split by domain or by time.
         id: column of row ids, whole numbers from 0.
         keep: ``memory``, ``disk`` (memory-mapped), or ``auto``: memory up to 1 GiB a part.
@@ -49,6 +52,7 @@ class TabularSource(Spec):
     completion: str | None = None
     messages: str | None = None
     label: str | None = None
+    unlabelled: list[str | int] = Field(default_factory=list)
     domain: str | None = None
     time: str | None = None
     id: str | None = None
@@ -68,13 +72,23 @@ class TabularSource(Spec):
                 raise StreamError(f"{where}: there is no column '{name}': {_columns(dataset, name)}{header}")
         on_disk = self.keep == "disk" or (self.keep == "auto" and dataset.data.nbytes > KEEP_IN_MEMORY)
         table = self._inputs(dataset, on_disk, where) if self.features else _texts(dataset, columns, on_disk)
-        return Raw(
+        raw = Raw(
             table,
             self._labels(dataset, objective, where),
             None if self.domain is None else list(dataset[self.domain]),
             None if self.time is None else list(dataset[self.time]),
             None if self.id is None else np.asarray(dataset[self.id]),
         )
+        return self._labelled(raw, where) if self.unlabelled and raw.labels is not None else raw
+
+    def _labelled(self, raw: Raw, where: str) -> Raw:
+        kept = [place for place, label in enumerate(raw.labels or ()) if label not in self.unlabelled]
+        if len(kept) == len(raw.table):
+            return raw
+        note = (
+            f"{where}: {len(raw.table) - len(kept)} of {len(raw.table)} rows left out, whose label is in 'unlabelled'"
+        )
+        return replace(take(raw, torch.tensor(kept, dtype=torch.int64)), notes=(*raw.notes, note))
 
     def string_columns(self, objective: Objective) -> tuple[str, ...]:
         """The columns that are text or names, whatever their cells look like: text, class labels, domain.

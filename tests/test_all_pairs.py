@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from battery import MODEL, same_weights, tiny_stream
+from text_bench import text_stream, tiny_bert
 
 from continual import Learner, Strategy, Stream
-from continual.errors import CompositionError
+from continual.errors import CompositionError, ContinualError
 from continual.monitor.monitor import Monitor
 from continual.parts.registry import PARTS
 
@@ -25,6 +26,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "replay/mir": {"capacity": 20},
     "replay/gdumb": {"capacity": 20},
     "replay/generative": {"hidden": [16], "latent": 4, "threshold": 0.0},
+    "adapter/prompt": {"tokens": 3},
+    "adapter/prefix": {"tokens": 3},
     "projection/gem": {"capacity": 20},
     "projection/agem": {"capacity": 20},
 }
@@ -34,16 +37,23 @@ CLOSED_FORM = {"head/nearest-mean", "head/slda", "head/klda", "head/ridge"}
 STEADY = CLOSED_FORM | {"replay/gaussian"}
 """They need features that stay: a frozen backbone, or LoRA in the first experience alone."""
 
+TOKENS = {"adapter/prompt", "adapter/prefix"}
+"""They need rows of tokens."""
+
 IMPOSSIBLE = {
     *product(
         CLOSED_FORM,
         [kind for kind in KINDS if kind.split("/")[0] in ("replay", "penalty", "distillation", "projection")],
     ),
-    *product(["adapter/adalora"], STEADY),
+    *product(["adapter/adalora", "adapter/prompt", "adapter/prefix"], STEADY),
+    *product([kind for kind in KINDS if kind.split("/")[0] == "adapter"], ["projection/osf"]),
+    ("replay/gaussian", "projection/osf"),
+    *product(["penalty/orthogonal"], TOKENS | STEADY | {"projection/osf", "projection/ogd"}),
     *product(["adapter/adalora"], ["penalty/si", "penalty/rwalk", "projection/ogd"]),
     *product(["replay/gdumb"], [kind for kind in KINDS if kind.split("/")[0] not in ("head", "replay")]),
 }
 IMPOSSIBLE |= {(other, one) for one, other in IMPOSSIBLE}
+NOT_ON_TEXT = set(product(TOKENS, ["replay/generative"]))
 
 
 def composed(*names: str) -> dict[str, Any]:
@@ -56,12 +66,16 @@ def composed(*names: str) -> dict[str, Any]:
             content["adapter"]["across_tasks"] = "first"
         elif not any(name.startswith("adapter/") for name in names):
             content["backbone"] = "frozen"
+    if "penalty/orthogonal" in names and TOKENS.isdisjoint(names):
+        content["adapter"] = {**content.get("adapter", {"kind": "lora", "rank": 2}), "across_tasks": "stack"}
     return content
 
 
 @pytest.fixture(scope="module")
-def stream() -> Stream:
-    return tiny_stream(experiences=2)
+def streams(tmp_path_factory: pytest.TempPathFactory) -> tuple[Stream, Stream]:
+    """Digits, and rows of text with a tiny transformer for them."""
+    place = tmp_path_factory.mktemp("text")
+    return tiny_stream(experiences=2), text_stream(tiny_bert(place), place)[:2]
 
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair in IMPOSSIBLE], ids=" × ".join)
@@ -70,9 +84,18 @@ def test_what_is_impossible_is_refused_with_what_to_do(pair: tuple[str, str]) ->
         Strategy.load(composed(*pair))
 
 
-@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair not in IMPOSSIBLE], ids=" × ".join)
-def test_two_tasks(pair: tuple[str, str], stream: Stream, tmp_path: Path) -> None:
-    learner = Learner(MODEL, composed(*pair), seed=3, device="cpu", progress=False, monitor=Monitor(resamples=10))
+@pytest.mark.parametrize("kind", sorted(TOKENS))
+def test_no_generator_makes_text(kind: str, streams: tuple[Stream, Stream]) -> None:
+    text = streams[1]
+    with pytest.raises(ContinualError, match="makes rows of floating-point 'inputs' alone"):
+        Learner(text.model, composed(kind, "replay/generative"), device="cpu", progress=False).update(text[0])
+
+
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair not in IMPOSSIBLE | NOT_ON_TEXT], ids=" × ".join)
+def test_two_tasks(pair: tuple[str, str], streams: tuple[Stream, Stream], tmp_path: Path) -> None:
+    digits, text = streams
+    stream, model = (digits, MODEL) if TOKENS.isdisjoint(pair) else (text, text.model)
+    learner = Learner(model, composed(*pair), seed=3, device="cpu", progress=False, monitor=Monitor(resamples=10))
     first = learner.update(stream[0])
     assert first.retention is not None
     assert (first.retention.metrics["accuracy"] or 0.0) > 0.4, "two classes are learnt no worse than by chance"
