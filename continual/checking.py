@@ -90,6 +90,9 @@ def _strategy(path: Path) -> Findings:
 
     strategy = Strategy.load(path)
     parts = ", ".join(part.name for part in strategy.prototypes) or "no parts"
+    if strategy.engine is not None:
+        strategy.check(objective="classification", gives_features=True)
+        parts = strategy.engine.name
     return Findings(
         right=[f"strategy '{strategy.name}': {parts}; {strategy.training.optimizer}, lr {strategy.training.lr:g}"]
     )

@@ -6,6 +6,9 @@ import difflib
 import reprlib
 from collections.abc import Iterable
 
+MOST = 40
+"""Names that a sentence lists."""
+
 
 class ContinualError(ValueError):
     """Something the user can mend. The command line prints it as one sentence and exits with status 1."""
@@ -49,10 +52,17 @@ def shown(value: object, length: int = 60) -> str:
 
 
 def unknown(what: str, found: object, allowed: Iterable[object], inside: str = "") -> str:
-    """One sentence for a name that is not among ``allowed`` (``inside`` what), with the nearest name when there is one."""
+    """One sentence for a name that is not among ``allowed`` (``inside`` what), with the nearest name when there is one.
+
+    Of more than :data:`MOST` names the dozen nearest are listed.
+    """
     names = [str(name) for name in allowed]
     where = f" in '{inside}'" if inside else ""
-    return f"unknown {what} '{found}'{where}: allowed are {quoted(sorted(names)) or 'none'}.{nearest(found, names)}"
+    listed = names if len(names) <= MOST else difflib.get_close_matches(str(found), names, n=12, cutoff=0.0)
+    more = f" and {len(names) - len(listed)} more" if len(listed) < len(names) else ""
+    return (
+        f"unknown {what} '{found}'{where}: allowed are {quoted(sorted(listed)) or 'none'}{more}.{nearest(found, names)}"
+    )
 
 
 def nearest(found: object, names: Iterable[object]) -> str:

@@ -93,6 +93,11 @@ def run_cell(
                 raise StateError(f"there is no run to resume in '{out}': leave --resume out to begin one.")
             held.enter_context(_alone(out))
             found = _look(out, request, resume, base, plain)
+            if found is None and resume and chosen.engine is not None:
+                raise StateError(
+                    f"the run in '{out}' broke off, and {chosen.engine.name} cannot be gone on with in the middle of a stream: "
+                    "delete the folder and run it again, or name another out folder."
+                )
             if found is None:
                 sweep(out)
                 recover_folder(out / "checkpoint")
@@ -114,7 +119,7 @@ def run_cell(
             run = learner.run(loaded, on_update=on_update if processes.is_main else None)
         except ContinualError:
             if processes.is_main and not (out / "checkpoint").exists():
-                (out / "run.json").unlink()
+                (out / "run.json").unlink(missing_ok=True)
             raise
         finally:
             learner.close()

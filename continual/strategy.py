@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from continual.engine import ENGINES, Engine, engine_class
 from continual.errors import CompositionError, SpecError, quoted, unknown
 from continual.library import find_spec
 from continual.objective import Competition, Criterion, Objective
@@ -93,6 +94,7 @@ class StrategySpec(Spec):
     distillation: SlotSettings | None = None
     projection: SlotSettings | None = None
     recall: SlotSettings | None = None
+    engine: dict[str, Any] | None = None
     backbone: Literal["train", "frozen"] = "train"
     data: Data = "experience"
     training: Training = Training()
@@ -109,6 +111,7 @@ class Strategy:
         data: ``experience`` trains on the rows that arrive; ``cumulative`` on all rows so far; ``joint`` once on the
             whole stream. The last two are bounds to compare with.
         tuned: how its settings were chosen, as ``continual tune`` writes it down; it changes nothing.
+        engine: a prototype of what trains in place of our loop; there are no parts then.
 
     Raises:
         SpecError: a setting that is not allowed.
@@ -125,6 +128,7 @@ class Strategy:
         summary: str = "",
         source: str = "",
         tuned: Mapping[str, Any] | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self.name, self.summary, self.source = name, summary, source
         self.tuned = None if tuned is None else dict(tuned)
@@ -132,7 +136,10 @@ class Strategy:
         given = training if isinstance(training, Training) else dict(training or {})
         self.training = parse(Training, given, f"strategy '{name}', training")
         self.prototypes = sorted(parts, key=lambda part: SLOTS.index(part.slot))
+        self.engine = engine
         self._check_parts()
+        if engine is not None:
+            self._check_engine(engine)
 
     @classmethod
     def load(
@@ -182,14 +189,21 @@ class Strategy:
             summary=spec.summary,
             source=spec.source,
             tuned=spec.tuned,
+            engine=None if spec.engine is None else _engine(spec.engine, where),
         )
 
     def make_parts(self) -> list[Part]:
         """New parts with the settings of the prototypes, in the order in which their hooks are called."""
         return [type(part)(**part.settings.model_dump()) for part in self.prototypes]
 
+    def make_engine(self) -> Engine | None:
+        """A new engine with the settings of the prototype, where the strategy has one."""
+        return None if self.engine is None else type(self.engine)(**self.engine.settings.model_dump())
+
     def check(self, *, objective: Objective, gives_features: bool, open_stream: bool = False) -> None:
-        """Raise :class:`CompositionError` when the parts cannot work on this model or objective."""
+        """Raise :class:`CompositionError` when the parts or the engine cannot work on this model or objective."""
+        if self.engine is not None:
+            self.engine.check(objective=objective, gives_features=gives_features, open_stream=open_stream)
         slots = [part.slot for part in self.prototypes]
         for part in self.prototypes:
             by_hand = f" (--set {part.slot}=null)" if slots.count(part.slot) == 1 else ""
@@ -232,6 +246,8 @@ class Strategy:
                 dumped["kind"] = part.reference
             if settings:
                 content[slot] = settings[0] if len(settings) == 1 else settings
+        if self.engine is not None:
+            content["engine"] = {**self.engine.settings.model_dump(mode="json"), "kind": self.engine.reference}
         content.update(backbone=self.backbone, data=self.data, training=self.training.model_dump(mode="json"))
         return content if self.tuned is None else {**content, "tuned": dict(self.tuned)}
 
@@ -239,6 +255,18 @@ class Strategy:
         """SHA-256 of all settings; the name, the summary and how they were chosen do not count."""
         content = {key: value for key, value in self.to_dict().items() if key not in ("summary", "source", "tuned")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _check_engine(self, engine: Engine) -> None:
+        if self.prototypes:
+            raise CompositionError(
+                f"strategy '{self.name}': {engine.name} trains by itself and takes no parts of ours: leave "
+                f"{quoted(part.slot for part in self.prototypes)} out."
+            )
+        if self.data != "experience":
+            raise CompositionError(
+                f"strategy '{self.name}': {engine.name} trains on each experience as it comes: leave data: {self.data} out."
+            )
+        engine.check_training(self.training, self.backbone)
 
     def _check_parts(self) -> None:
         for slot in SINGLE:
@@ -289,6 +317,15 @@ class Strategy:
                     f"strategy '{self.name}': {part.name} adds up the rows of each experience once, and data: cumulative "
                     "brings them again and again: take data: experience."
                 )
+
+
+def _engine(settings: dict[str, Any], where: str) -> Engine:
+    if "kind" not in settings:
+        raise SpecError(f"{where}: 'engine' names no kind: allowed are {quoted(sorted(ENGINES))}.")
+    found = engine_class(str(settings["kind"]), where)
+    own = {key: value for key, value in settings.items() if key != "kind" or ":" not in str(value)}
+    parse(found.Settings, own, f"{where}, engine")
+    return found(**own)
 
 
 def _set(content: dict[str, Any], key: str, value: Any, where: str) -> None:

@@ -24,10 +24,13 @@ NOWHERE: frozenset[Scenario] = frozenset()
 KEEPS: dict[str, frozenset[Scenario]] = {
     "adapter/lora": NOWHERE,
     "adapter/adalora": NOWHERE,
+    "adapter/prompt": NOWHERE,
+    "adapter/prefix": NOWHERE,
     "head/linear": NOWHERE,
     "penalty/ewc": NOT_CLASS,
     "penalty/l2": NOT_CLASS,
     "penalty/mas": NOT_CLASS,
+    "penalty/orthogonal": NOT_CLASS,
     "penalty/rwalk": NOT_CLASS,
     "penalty/si": NOT_CLASS,
     "distillation/lwf": NOT_CLASS,
@@ -35,6 +38,12 @@ KEEPS: dict[str, frozenset[Scenario]] = {
     "distillation/feature-distillation": NOT_CLASS,
     "projection/agem": NOT_CLASS,
     "projection/ogd": NOT_CLASS,
+    "projection/osf": NOT_CLASS,
+    "engine/avalanche Naive": NOWHERE,
+    "engine/avalanche EWC": NOT_CLASS,
+    "engine/avalanche SynapticIntelligence": NOT_CLASS,
+    "engine/avalanche LwF": NOT_CLASS,
+    "engine/avalanche AGEM": NOT_CLASS,
 }
 """Parts that do not keep earlier experiences everywhere → the scenarios in which they do; all others do everywhere."""
 
@@ -58,7 +67,7 @@ def unsuited(
         )
     return (
         f"'{strategy.name}' is known to be of no use in the {scenario} scenario, where {quoted(names)} alone cannot keep "
-        f"earlier classes, which are never trained beside new ones: take {other}, or add replay to it."
+        f"earlier classes, which are never trained beside new ones: take {other}{'' if strategy.engine else ', or add replay to it'}."
     )
 
 
@@ -82,6 +91,11 @@ def _keeps(strategy: Strategy) -> Iterator[tuple[str, frozenset[Scenario]]]:
         yield f"training.active: {strategy.training.active}", EVERYWHERE
     if strategy.backbone == "frozen":
         yield "backbone: frozen", NOT_CLASS
+    if strategy.engine is not None:
+        name = f"{strategy.engine.name} {getattr(strategy.engine.settings, 'strategy', '')}".rstrip()
+        yield name, EVERYWHERE if getattr(strategy.engine.settings, "plugins", None) else KEEPS.get(name, EVERYWHERE)
     for part in strategy.prototypes:
         where = KEEPS.get(part.name, EVERYWHERE) if part.reference == part.kind else EVERYWHERE
+        if getattr(part.settings, "across_tasks", None) == "separate":
+            where = EVERYWHERE
         yield part.name, NOT_CLASS if part.settles and where == NOWHERE else where

@@ -16,8 +16,13 @@ MODEL = {"kind": "mlp", "hidden": [16, 16]}
 TOKENS = ["prefix", "prompt", "s-prompts"]
 """These need a transformer: tests/parts/test_prompts.py."""
 STRATEGIES = [name for name in library_names("strategies") if name not in TOKENS]
+ENGINES = [name for name in STRATEGIES if Strategy.load(name).engine is not None]
+"""They cannot be saved, nor gone on with."""
 SMALL: dict[str, Any] = {"training.batch_size": 8, "training.lr": 0.05}
 
+SMALL_ENGINE = {
+    "mem_size": 20, "memory_size": 20, "patterns_per_exp": 8, "sample_size": 8, "batch_size_mem": 8, "subsample": 16,
+}  # fmt: skip
 SMALL_REPLAY: dict[str, Any] = {"capacity": 20, "per_class": None, "hidden": [16], "latent": 4, "threshold": 0.0}
 SMALL_HEAD: dict[str, Any] = {"dimension": 60, "iterations": 40, "hidden": [16], "latent": 4, "samples": 5}
 
@@ -31,6 +36,9 @@ def small(name: str) -> Strategy:
         known = type(part.settings).model_fields
         sizes = {"replay": SMALL_REPLAY, "head": SMALL_HEAD}.get(part.slot, {})
         overrides |= {f"{part.slot}.{key}": value for key, value in sizes.items() if key in known}
+    if strategy.engine is not None:
+        given = strategy.engine.settings.arguments  # type: ignore[attr-defined]
+        overrides |= {f"engine.arguments.{key}": value for key, value in SMALL_ENGINE.items() if key in given}
     if any(part.name == "adapter/adalora" for part in strategy.prototypes):
         overrides |= {"adapter.init_rank": 4, "adapter.target_rank": 2}
     return Strategy.load(name, overrides=overrides)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import pytest
-from battery import STRATEGIES, small, tiny_stream
+from battery import ENGINES, STRATEGIES, TOKENS, small, tiny_stream
 from test_cli import continual
 
 from continual import Learner, Strategy
@@ -20,16 +20,17 @@ from continual.streams.experience import Scenario
 from continual.study import Study
 from continual.suitability import KEEPS, unsuited
 
-BARE = {"naive", "lora", "adalora", "lm-lora"}
+BARE = {"naive", "lora", "adalora", "lm-lora", "inc-lora", "lm-inc-lora", "prompt", "prefix", "avalanche-naive"}
 """Nothing against forgetting in them."""
 NOT_FOR_CLASSES = {
     *("ewc", "online-ewc", "si", "mas", "rwalk", "l2", "lwf", "feature-distillation", "agem", "ogd"),
-    *("lora-ewc", "adalora-ewc"),
+    *("lora-ewc", "adalora-ewc", "o-lora", "lm-o-lora", "osf", "lm-osf"),
+    *("avalanche-ewc", "avalanche-si", "avalanche-lwf", "avalanche-agem"),
 }
 SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", [*STRATEGIES, *TOKENS])
 def test_every_strategy_in_every_scenario(name: str) -> None:
     strategy = Strategy.load(name)
     for scenario in SCENARIOS:
@@ -52,6 +53,8 @@ def test_every_strategy_in_every_scenario(name: str) -> None:
 
 def test_the_list_names_parts_that_there_are() -> None:
     known = {f"{slot}/{kind}" for slot, kinds in PARTS.items() for kind in kinds}
+    engines = [engine for name in ENGINES if (engine := Strategy.load(name).engine) is not None]
+    known |= {f"{engine.name} {engine.settings.strategy}" for engine in engines}  # type: ignore[attr-defined]
     assert set(KEEPS) <= known
 
 

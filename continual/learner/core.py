@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from torch import nn
 
-from continual.errors import ModelError, SpecError, unknown
+from continual.engine import Engine
+from continual.errors import CompositionError, ModelError, SpecError, unknown
 from continual.learner.ledger import Ledger
 from continual.learner.optimizer import optimizer_state
 from continual.learner.processes import Processes
 from continual.learner.trainer import Progress
 from continual.models.build import build_model
 from continual.models.model import Model
+from continual.models.output import Output
 from continual.monitor.monitor import Monitor
 from continual.objective import Objective
 from continual.parts.context import TrainingContext
@@ -31,7 +33,7 @@ from continual.state import tensor_bytes
 from continual.strategy import Strategy
 from continual.streams.experience import Experience, Scenario
 from continual.streams.text import encode
-from continual.table import Table
+from continual.table import Batch, Table
 
 TEXT_COLUMNS = ("text", "prompt", "messages")
 
@@ -57,6 +59,10 @@ class Core:
         self.strategy = Strategy.load(strategy)
         self.seed = int(seed)
         self.processes = Processes(resolve_device(device))
+        if self.strategy.engine is not None and self.processes.count > 1:
+            raise CompositionError(
+                f"{self.strategy.engine.name} trains in one process, and there are {self.processes.count}: start it alone."
+            )
         self.device = self.processes.device
         self.randomness = Randomness(self.seed, self.device)
         self._own_monitor = monitor is None or monitor is True
@@ -79,6 +85,7 @@ class Core:
         self._model_spec: str | Mapping[str, Any] | nn.Module = model
         self._model: Model | None = None
         self._context: TrainingContext | None = None
+        self._engine: Engine | None = None
         self._past: list[tuple[Table, Table | None]] = []
         self._pending: Progress | None = None
         self._pending_name: str | None = None
@@ -123,10 +130,17 @@ class Core:
         own = self.strategy.training.batch_size
         return own if self.objective in ("causal-lm", "seq2seq") else max(own, min(8 * own, 256))
 
+    @property
+    def answer(self) -> Callable[[Batch], Output]:
+        """Gives the output for the rows of a batch: the model, or the engine in its place."""
+        return self.context.forward if self._engine is None else self._engine.forward
+
     def state_bytes(self) -> dict[str, int]:
         """Bytes of each part's state, of the weights that are saved, and of the optimiser's state."""
         found = {part.name: part.nbytes() for part in self.parts}
         found["weights"] = tensor_bytes(self.model.saved_tensors())
+        if self._engine is not None:
+            return {**found, self._engine.name: self._engine.nbytes(), "optimizer": self._engine.optimizer_bytes()}
         optimizer = self.context.optimizer
         found["optimizer"] = tensor_bytes(optimizer_state(optimizer, self.context.parameters())) if optimizer else 0
         return found
@@ -136,7 +150,7 @@ class Core:
         try:
             self._make(experience, state)
         except BaseException:
-            self._model = self._context = None
+            self._model = self._context = self._engine = None
             raise
 
     def _make(self, experience: Experience | None, state: dict[str, Any] | None) -> None:
@@ -185,13 +199,18 @@ class Core:
         )
         if self.monitor is not None:
             self.monitor.prepare_probes(self._encoded)
-        if experience is not None and competition == "all":
+        self._engine = self.strategy.make_engine()
+        if experience is not None and (competition == "all" or self._engine is not None):
             if experience.total_classes is None:
+                what, instead = "training.active: all", "take 'seen' or 'experience'"
+                if self._engine is not None:
+                    what, instead = self._engine.name, "give it a stream that is closed"
                 raise SpecError(
-                    "training.active: all needs to know how many classes the stream will have, and this one is open: take "
-                    "'seen' or 'experience'."
+                    f"{what} needs to know how many classes the stream will have, and this one is open: {instead}."
                 )
             self._context.reserve_classes = experience.total_classes
+        if self._engine is not None:
+            self._engine.attach(self._context, training, self.evaluation_rows)
 
     def close(self) -> None:
         """Finish the tracker, where there is one; what it was told is then on its disk or server."""

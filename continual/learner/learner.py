@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from continual.engine import Engine
 from continual.errors import CompositionError, ModelError, StateError, StreamError, TrainingError, quoted
 from continual.learner.checkpoint import check_same
 from continual.learner.optimizer import make_optimizer
@@ -20,6 +21,7 @@ from continual.learner.trainer import Progress, Trainer
 from continual.learner.update import Run, Update
 from continual.monitor.evaluation import evaluating, score_tables
 from continual.parts.head.closed_form import Familiar
+from continual.parts.part import Part
 from continual.streams.check import require_experience, require_stream
 from continual.streams.convert import as_experience, as_table
 from continual.streams.experience import Experience
@@ -151,7 +153,7 @@ class Learner(Saving):
                 batch = to_device(table[index], self.device)
                 if experience is not None:
                     batch["experience"] = torch.full((len(index),), experience, device=self.device)
-                output = context.forward(batch)
+                output = self.answer(batch)
                 found.append(output.logits.float().cpu())
                 if isinstance(head, Familiar) and output.features is not None:
                     familiar.append(head.familiarity(output.features).cpu())
@@ -191,23 +193,14 @@ class Learner(Saving):
             self._look_at(experience, stream)
             self._failed = experience.name
             progress = self._begin(experience, stream)
-            trainer = Trainer(
-                self.context,
-                self.strategy.training,
-                self.processes,
-                save_every=self.save_every,
-                checkpoint=self._checkpoint if self.folder is not None else None,
-                log=self._log if self._tracking else None,
-                show_progress=self.progress,
-                evaluation_rows=self.evaluation_rows,
-            )
             if self.context.experience is None:
                 self.context.experience = experience
-            trainer.fit(experience, progress)
+            self._fit(experience, progress)
             started = time.perf_counter()
             self.context.end()
             progress.seconds += time.perf_counter() - started
-            for part in self.parts:
+            reporting: list[Part | Engine] = [*self.parts, *([] if self._engine is None else [self._engine])]
+            for part in reporting:
                 report = getattr(part, "report", None)
                 sentence = report() if report is not None else None
                 if sentence:
@@ -225,10 +218,10 @@ class Learner(Saving):
             monitor_seconds = time.perf_counter() - started
             self.cost["monitor_seconds"] += monitor_seconds
             self._pending = None
-            if self.folder is not None:
+            if self.folder is not None and self._engine is None:
                 self._checkpoint(None)
             self._failed = None
-        slots = sorted({part.slot for part in self.parts})
+        slots = sorted({part.slot for part in self.parts}) if self._engine is None else None
         retention = (
             self.monitor.latest(hint=slots, name=experience.name) if self.monitor and self.monitor.measured else None
         )
@@ -261,7 +254,9 @@ class Learner(Saving):
             context.optimizer = None
         started = time.perf_counter()
         context.begin(experience, steps=steps)
-        if context.optimizer is None and context.parameters():
+        if self._engine is not None:
+            self._engine.begin(experience)
+        elif context.optimizer is None and context.parameters():
             context.optimizer = make_optimizer(training, context.parameters())
         self._mark_altered()
         self.model.to(self.device)
@@ -273,7 +268,7 @@ class Learner(Saving):
             with evaluating(self.model):
                 scores = score_tables(
                     [*tables.values(), *probes.values()],
-                    context.forward,
+                    self.answer,
                     context.active_at_test,
                     self.objective,
                     self.device,
@@ -283,6 +278,26 @@ class Learner(Saving):
                 dict(zip(tables, scores, strict=False)), dict(zip(probes, scores[len(tables) :], strict=True))
             )
         return progress
+
+    def _fit(self, experience: Experience, progress: Progress) -> None:
+        """Train on an experience: our loop, or the engine in its place."""
+        if self._engine is not None:
+            trained = self._engine.fit(experience)
+            progress.step, progress.rows = trained.steps, trained.rows
+            progress.seconds += trained.seconds
+            progress.done = True
+            return
+        trainer = Trainer(
+            self.context,
+            self.strategy.training,
+            self.processes,
+            save_every=self.save_every,
+            checkpoint=self._checkpoint if self.folder is not None else None,
+            log=self._log if self._tracking else None,
+            show_progress=self.progress,
+            evaluation_rows=self.evaluation_rows,
+        )
+        trainer.fit(experience, progress)
 
     def _measure(self, experience: Experience, stream: Stream | None) -> None:
         if self.monitor is None:
@@ -296,7 +311,7 @@ class Learner(Saving):
         with evaluating(self.model):
             self.monitor.measure(
                 experience.index,
-                context.forward,
+                self.answer,
                 context.active_at_test,
                 self.objective,
                 self.device,

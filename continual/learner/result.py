@@ -47,7 +47,7 @@ def result_of(learner: Core, stream_summary: str, scenario: str) -> dict[str, An
         "notes": list(learner.notes),
         "provenance": {
             "commit": commit(),
-            "versions": versions(),
+            "versions": {**versions(), **({} if learner._engine is None else learner._engine.versions())},
             "hardware": hardware(device),
             "processes": learner.processes.count,
             "seed": learner.seed,

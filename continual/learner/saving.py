@@ -42,6 +42,10 @@ class Saving(Core):
         Raises:
             StateError: the folder cannot be written, or an update broke off in the middle; what was there is untouched.
         """
+        if self._engine is not None:
+            raise StateError(
+                f"what {self._engine.name} remembers cannot be saved: learn the stream anew where it is wanted."
+            )
         if self._failed is not None:
             raise StateError(
                 f"the update on '{self._failed}' broke off in the middle, and a save would keep a half-trained state: go "

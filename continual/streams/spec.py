@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from continual.errors import SpecError, unknown
 from continual.library import find_spec
@@ -14,19 +14,22 @@ from continual.objective import Objective
 from continual.spec import Spec, parse, read_yaml
 from continual.streams.experience import Scenario
 from continual.streams.sources.arrays import ArraysSource
+from continual.streams.sources.avalanche import AvalancheSource
 from continual.streams.sources.digits import DigitsSource
 from continual.streams.sources.docstrings import DocstringsSource
 from continual.streams.sources.files import FilesSource
 from continual.streams.sources.hub import HubSource
 from continual.streams.sources.mnist import MnistSource
-from continual.streams.splits import ClassSplit, DomainSplit, JointSplit, TimeSplit
+from continual.streams.splits import ClassSplit, DomainSplit, ExperienceSplit, JointSplit, TimeSplit
 from continual.streams.transforms import PermutationSplit, RotationSplit
 
 SourceSpec = Annotated[
-    DigitsSource | DocstringsSource | MnistSource | FilesSource | HubSource | ArraysSource, Field(discriminator="kind")
+    DigitsSource | DocstringsSource | MnistSource | FilesSource | HubSource | ArraysSource | AvalancheSource,
+    Field(discriminator="kind"),
 ]
 SplitSpec = Annotated[
-    ClassSplit | DomainSplit | TimeSplit | PermutationSplit | RotationSplit | JointSplit, Field(discriminator="by")
+    ClassSplit | DomainSplit | ExperienceSplit | TimeSplit | PermutationSplit | RotationSplit | JointSplit,
+    Field(discriminator="by"),
 ]
 
 SOURCES: dict[str, type[Spec]] = {
@@ -36,10 +39,12 @@ SOURCES: dict[str, type[Spec]] = {
     "files": FilesSource,
     "hub": HubSource,
     "arrays": ArraysSource,
+    "avalanche": AvalancheSource,
 }
 SPLITS: dict[str, type[Spec]] = {
     "class": ClassSplit,
     "domain": DomainSplit,
+    "experience": ExperienceSplit,
     "time": TimeSplit,
     "permutation": PermutationSplit,
     "rotation": RotationSplit,
@@ -54,8 +59,10 @@ class StreamSpec(Spec):
         name: in reports; None: that of the file.
         summary: one sentence for ``continual list``.
         source: where the rows come from, by ``kind``.
-        split: how they become experiences, by ``by``.
-        scenario: ``task``, ``domain`` or ``class``.
+        split: how they become experiences, by ``by``; ``experience`` where the source comes in experiences and none is
+            given.
+        scenario: ``task``, ``domain`` or ``class``; a source that comes in experiences can do without: None takes the one
+            that they look like.
         objective: what the labels are for.
         model: the model for this stream where the user names none: a name on the Hub or settings of a model.
     """
@@ -64,9 +71,23 @@ class StreamSpec(Spec):
     summary: str = ""
     source: SourceSpec
     split: SplitSpec
-    scenario: Scenario
+    scenario: Scenario | None = None
     objective: Objective = "classification"
     model: str | dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_source(cls, content: Any) -> Any:
+        """A source that comes in experiences is split into them where nothing else is said."""
+        if isinstance(content, Mapping) and "split" not in content and _brings_experiences(content.get("source")):
+            return {**content, "split": {"by": "experience"}}
+        return content
+
+    @model_validator(mode="after")
+    def _has_a_scenario(self) -> StreamSpec:
+        if self.scenario is None and not _brings_experiences(self.source):
+            raise ValueError("the key 'scenario' is missing: add it")
+        return self
 
 
 def read_stream_spec(stream: str | Path | Mapping[str, Any] | StreamSpec) -> tuple[StreamSpec, Path | None]:
@@ -90,6 +111,11 @@ def read_stream_spec(stream: str | Path | Mapping[str, Any] | StreamSpec) -> tup
     own = read_yaml(path)
     content = _resolved(own, where, (path.resolve(),))
     return _parse({**content, "name": own.get("name") or path.stem}, where), path.parent
+
+
+def _brings_experiences(source: Any) -> bool:
+    kind = source.get("kind") if isinstance(source, Mapping) else getattr(source, "kind", None)
+    return bool(getattr(SOURCES.get(str(kind)), "brings_experiences", False))
 
 
 def _resolved(content: dict[str, Any], where: str, seen: tuple[Path, ...]) -> dict[str, Any]:

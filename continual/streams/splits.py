@@ -144,6 +144,38 @@ class DomainSplit(Spec):
         return [_marked(rows, rows.domain_names[d], {part: f.get(d) for part, f in found.items()}) for d in order]
 
 
+class ExperienceSplit(Spec):
+    """The experiences that the source comes in.
+
+    Attributes:
+        order: ``given`` as the source has them, ``random``, or their names in order (which may leave some out).
+        seed: of the random order; None: that of the run.
+    """
+
+    by: Literal["experience"] = "experience"
+    order: Order = "given"
+    seed: int | None = None
+
+    @property
+    def random(self) -> bool:
+        """Whether the seed of the run changes the split."""
+        return self.order == "random" and self.seed is None
+
+    def pieces(self, rows: Rows, seed: int) -> list[Piece]:
+        """One piece for each experience.
+
+        Raises:
+            StreamError: the source has no experiences of its own, or an unknown one is asked for.
+        """
+        if not rows.experiences:
+            raise StreamError(
+                "a split by experience needs a source that comes in experiences, such as 'kind: avalanche'."
+            )
+        names = list(rows.experiences)
+        order = ordered(self.order, names, "experience", seed if self.seed is None else self.seed)
+        return [_marked(rows, names[place], dict(rows.experiences[names[place]])) for place in order]
+
+
 class TimeSplit(Spec):
     """One experience for each period of the source's time column.
 

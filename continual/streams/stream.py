@@ -94,8 +94,10 @@ class Stream(Sequence[Experience]):
             settings = {**{name: getattr(spec, name) for name in type(spec).model_fields}, "scenario": scenario}
             spec = parse(StreamSpec, settings, "this stream")
         rows = spec.source.load(Place(None if data is None else Path(data), folder), spec.objective)
+        found = spec.scenario or rows.scenario
+        assert found is not None, "a stream without a scenario has a source that tells one"
         pieces = spec.split.pieces(rows, seed)
-        experiences, class_names = _build(rows, pieces, spec)
+        experiences, class_names = _build(rows, pieces, found, spec.objective)
         identity = {
             "split": spec.split.model_dump(mode="json"),
             "seed": seed if spec.split.random else None,
@@ -104,7 +106,7 @@ class Stream(Sequence[Experience]):
             experiences,
             name=spec.name or spec.source.kind,
             summary=spec.summary,
-            scenario=spec.scenario,
+            scenario=found,
             objective=spec.objective,
             class_names=class_names,
             model=spec.model,
@@ -312,11 +314,11 @@ class _Slot:
         return self._source
 
 
-def _build(rows: Rows, pieces: Sequence[Piece], spec: StreamSpec) -> tuple[list[_Slot], tuple[str, ...]]:
+def _build(
+    rows: Rows, pieces: Sequence[Piece], scenario: Scenario, objective: Objective
+) -> tuple[list[_Slot], tuple[str, ...]]:
     classified = bool(rows.label_names)
-    ids = (
-        assign(pieces, rows.label_names, spec.scenario) if classified else [Ids(torch.empty(0), (), ()) for _ in pieces]
-    )
+    ids = assign(pieces, rows.label_names, scenario) if classified else [Ids(torch.empty(0), (), ()) for _ in pieces]
     class_names = ids[-1].names if ids else ()
     if classified and len({c for one in ids for c in one.classes}) < 2:
         raise StreamError("the split leaves one class in the whole stream: classification needs two at least.")
@@ -344,8 +346,8 @@ def _build(rows: Rows, pieces: Sequence[Piece], spec: StreamSpec) -> tuple[list[
             test=found.get("test"),
             classes=own.classes,
             class_names=own.names,
-            scenario=spec.scenario,
-            objective=spec.objective,
+            scenario=scenario,
+            objective=objective,
             total_classes=len(class_names) if classified else None,
         )
 

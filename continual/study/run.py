@@ -156,7 +156,7 @@ def _prepare(cell: Cell, folder: Path, data: Path | None, sources: Sources) -> t
     content = {"stream": cell.stream, "strategy": cell.strategy, "seed": cell.seed, "settings": asked}
     content["sha256"] = digest(asked)
     write_text(folder / CELL, json.dumps(content, indent=1, sort_keys=True, default=str) + "\n")
-    for name in (ERROR, TRACEBACK):
+    for name in (ERROR, TRACEBACK, *(() if cell.resumable else (BEGUN,))):
         (folder / name).unlink(missing_ok=True)
     return {"cell": cell, "folder": folder, "resume": (folder / BEGUN).is_file()}, note
 

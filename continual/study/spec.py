@@ -138,6 +138,7 @@ class Cell:
         stream_source: what the runner loads: a name, a file, or the content of one.
         strategy_source: a name or a file; ``overrides`` are set in it.
         settings: all of it resolved, as far as it can change the result.
+        resumable: whether a run that was cut off goes on; one of an engine begins again.
     """
 
     stream: str
@@ -148,6 +149,7 @@ class Cell:
     overrides: dict[str, Any]
     model: str | dict[str, Any] | None
     settings: dict[str, Any]
+    resumable: bool = True
 
     @property
     def label(self) -> str:
@@ -214,7 +216,7 @@ class Study:
                 strategy = Strategy.load(cell.strategy_source, overrides=cell.overrides)
                 strategy.name = cell.strategy
                 spec, _ = read_stream_spec(cell.stream_source)
-                said = unsuited(strategy, spec.scenario, spec.objective)
+                said = spec.scenario and unsuited(strategy, spec.scenario, spec.objective)
                 found[cell.stream, cell.strategy] = said and f"{cell.stream}/{cell.strategy}: {said}"
         return [sentence for sentence in found.values() if sentence]
 
@@ -269,6 +271,7 @@ class Study:
             overrides=overrides,
             model=group.model,
             settings=settings,
+            resumable=strategy.engine is None,
         )
 
     def _find(self, kind: Literal["streams", "strategies"], use: str) -> str:

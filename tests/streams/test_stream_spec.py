@@ -27,7 +27,7 @@ def test_every_stream_of_the_library_is_sound(name: str) -> None:
     [
         (
             {"source": {"kind": "digit"}},
-            "unknown source kind 'digit': allowed are 'arrays', 'digits', .*Did you mean 'digits'",
+            "unknown source kind 'digit': allowed are 'arrays', 'avalanche', 'digits', .*Did you mean 'digits'",
         ),
         ({"source": "digits"}, "'source' says no 'kind'"),
         ({"split": {"by": "clas"}}, "unknown split by 'clas': .*Did you mean 'class'"),

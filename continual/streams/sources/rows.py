@@ -15,6 +15,7 @@ from continual.errors import StreamError, quoted
 from continual.objective import Objective
 from continual.streams.columns import replace_columns
 from continual.streams.content import TEXTS, finite_rows, row_keys
+from continual.streams.experience import Scenario
 from continual.streams.times import times_of
 from continual.table import ArrowTable, Table, TensorTable
 
@@ -55,6 +56,8 @@ class Rows:
         domains: int64 index of each row's domain, by part; ``domain_names`` names them.
         times: datetime64[s] or float64 of each row, by part.
         notes: what became of rows that are not here, in sentences.
+        experiences: places (int64) of each part by name of the experience, where the source comes in experiences of its own.
+        scenario: what such experiences look like.
     """
 
     tables: dict[Part, Table]
@@ -63,6 +66,8 @@ class Rows:
     domain_names: tuple[str, ...] = ()
     times: dict[Part, npt.NDArray[Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    experiences: dict[str, dict[Part, Tensor]] = field(default_factory=dict)
+    scenario: Scenario | None = None
 
     @property
     def span(self) -> int:
