@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
@@ -17,8 +18,9 @@ from continual.parts.context import TrainingContext
 from continual.parts.head.class_sums import ClassSums
 from continual.parts.head.closed_form import UNKNOWN, Familiar
 from continual.parts.head.klda import KLDAHead
-from continual.parts.head.lift import Lift
+from continual.parts.head.lift import Lift, filled
 from continual.parts.head.nearest_mean import NearestMeanHead
+from continual.parts.head.packed import pack, unpack
 from continual.parts.head.ridge import CANDIDATES, RidgeHead, choose_strength, ridge_weights
 from continual.parts.head.slda import SLDAHead
 from continual.state import tensor_bytes
@@ -194,6 +196,8 @@ def test_round_trip_of_the_state_to_the_bit(name: str, attached: bool) -> None:
         (RidgeHead, {"dimension": 20, "strength": 1.0}, {"dimension": 20, "strength": "held-out"}),
         (RidgeHead, {"dimension": 20}, {"dimension": 21}),
         (RidgeHead, {"dimension": 20}, {"dimension": 20, "normalize": False}),
+        (RidgeHead, {"dimension": 20}, {"dimension": 20, "projection": "orthogonal"}),
+        (RidgeHead, {"dimension": 20}, {"dimension": 20, "center": True}),
     ],
 )
 def test_every_setting_changes_the_logits(make: Any, one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -241,12 +245,55 @@ def test_ridge_is_that_of_scikit_learn_on_the_lifted_rows() -> None:
     np.testing.assert_allclose(module(asked).numpy(), wanted, rtol=1e-3, atol=1e-4)
 
 
-def test_fourier_features_have_the_gaussian_kernel_as_inner_product() -> None:
-    lift = Lift(normalize=False, dimension=40_000, activation="fourier", bandwidth=1.5)
-    lift.draw(D, torch.Generator().manual_seed(0))
-    rows = torch.randn(12, D, dtype=torch.float64)
+@pytest.mark.parametrize(("projection", "features"), [("gaussian", D), ("orthogonal", 200)])
+def test_fourier_features_have_the_gaussian_kernel_as_inner_product(projection: Any, features: int) -> None:
+    lift = Lift(normalize=False, dimension=40_000, activation="fourier", bandwidth=1.5, projection=projection)
+    lift.draw(features, torch.Generator().manual_seed(0))
+    rows = torch.randn(12, features, dtype=torch.float64) * (D / features) ** 0.5
     kernel = torch.exp(-torch.cdist(rows, rows).square() / (2 * 1.5**2))
     torch.testing.assert_close(lift(rows) @ lift(rows).T, kernel, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("features", [1, 2, 5, 8, 20])
+def test_the_orthogonal_projection_is_a_product_of_matrices(features: int) -> None:
+    lift = Lift(normalize=False, dimension=2 * filled(features) - 1, projection="orthogonal")
+    lift.draw(features, torch.Generator().manual_seed(0))
+    width = filled(features)
+    turn = torch.from_numpy(scipy.linalg.hadamard(width)).double() / width**0.5
+    blocks = []
+    for block in lift.weight.double():
+        product = torch.eye(width, dtype=torch.float64)
+        for sign in block:
+            product = product @ torch.diag(sign) @ turn
+        torch.testing.assert_close(product @ product.T, torch.eye(width, dtype=torch.float64))
+        blocks.append(width**0.5 * product)
+    rows = torch.randn(6, features, dtype=torch.float64)
+    wanted = (torch.nn.functional.pad(rows, (0, width - features)) @ torch.cat(blocks, 1))[:, : 2 * width - 1]
+    torch.testing.assert_close(lift(rows), wanted.relu())
+    assert lift.weight.dtype == torch.int8 and lift.weight.numel() == (3 if features == 1 else 6) * width
+
+
+def test_rows_are_centred_by_the_first_experience_alone() -> None:
+    table = all_rows()
+    head = RidgeHead(dimension=25, strength=3.0, center=True)
+    module = learn(head, table, [100, 300]).model.head
+    rows = torch.nn.functional.normalize(table.column("inputs"), dim=1)
+    labelled = table.column("labels")[:100] >= 0
+    mean = rows[:100][labelled].double().mean(0)
+    torch.testing.assert_close(module.lift.mean.double(), mean, rtol=1e-5, atol=1e-6)
+    lifted_rows = torch.nn.functional.normalize(rows - mean.float(), dim=1) @ module.lift.weight
+    torch.testing.assert_close(module.lift(table.column("inputs")), lifted_rows.relu(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 6, 7])
+def test_a_packed_matrix_is_half_as_large_and_comes_back(size: int) -> None:
+    rows = torch.randn(9, size, dtype=torch.float64)
+    whole = rows.T @ rows
+    packed = pack(whole)
+    even = size + size % 2
+    assert packed.numel() == even * (even + 1) // 2
+    torch.testing.assert_close(unpack(packed, size), whole)
+    assert torch.equal(unpack(pack(unpack(packed, size)), size), unpack(packed, size))
 
 
 @pytest.mark.parametrize("make", [KLDAHead, RidgeHead])

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from continual.errors import CompositionError
 from continual.models.model import Model
+from continual.parts.head.packed import pack, unpack
 from continual.parts.part import Context
 from continual.parts.passes import as_at_test
 from continual.table import Batch, Table
@@ -28,35 +29,52 @@ class ClassSums:
     Attributes:
         counts_K: rows, int64 (K,).
         sums_KD: sums of the features, float64 (K, D).
-        second_DD: sum of the outer products f fᵀ over all rows, float64 (D, D); None unless asked for.
     """
 
     def __init__(self, *, second: bool = False) -> None:
         self.counts_K = torch.zeros(0, dtype=torch.int64)
         self.sums_KD = torch.zeros(0, 0, dtype=torch.float64)
-        self.second_DD = torch.zeros(0, 0, dtype=torch.float64) if second else None
+        self._packed = torch.zeros(1, 0, dtype=torch.float64) if second else None
+        self._open_DD: Tensor | None = None
+
+    @property
+    def second_DD(self) -> Tensor | None:
+        """Sum of the outer products f fᵀ over all rows, float64 (D, D); None unless asked for."""
+        if self._packed is None or self._open_DD is not None:
+            return self._open_DD
+        return unpack(self._packed, self.sums_KD.shape[1])
+
+    def close(self) -> None:
+        """Keep the second moments in half their bytes until rows are added again."""
+        if self._open_DD is not None:
+            self._packed, self._open_DD = pack(self._open_DD), None
 
     def grow(self, classes: int, features: int) -> None:
         """Have at least ``classes`` classes, of ``features`` features."""
         if self.sums_KD.shape[1] != features:
             assert not len(self.counts_K), "the number of features does not change"
             self.sums_KD = self.sums_KD.new_zeros(0, features)
-            if self.second_DD is not None:
-                self.second_DD = self.second_DD.new_zeros(features, features)
+            if self._packed is not None:
+                half = (features + 1) // 2
+                self._packed = self._packed.new_zeros(2 * half + 1, half)
         more = classes - len(self.counts_K)
         if more > 0:
             self.sums_KD = torch.cat([self.sums_KD, self.sums_KD.new_zeros(more, features)])
             self.counts_K = torch.cat([self.counts_K, self.counts_K.new_zeros(more)])
 
     def add(self, features_BD: Tensor, labels_B: Tensor) -> None:
-        """Add rows, float64 (B, D); those labelled -100 or beyond the classes count for nothing."""
+        """Add rows, float64 (B, D), and :meth:`close` after the last; those labelled -100 or beyond the classes count for
+        nothing."""
         class_K = torch.arange(len(self.counts_K), device=labels_B.device)
         member_KB = class_K[:, None] == labels_B[None, :]
         self.sums_KD += member_KB.double() @ features_BD
         self.counts_K += member_KB.sum(1)
-        if self.second_DD is not None:
+        if self._packed is not None:
+            if self._open_DD is None:
+                self._open_DD = self.second_DD
+            assert self._open_DD is not None
             counted_BD = features_BD * member_KB.any(0)[:, None]
-            self.second_DD.addmm_(counted_BD.T, features_BD)
+            self._open_DD.addmm_(counted_BD.T, features_BD)
 
     def means_KD(self) -> Tensor:
         """Mean of each class, float64 (K, D); zeros where it has no row."""
@@ -67,31 +85,36 @@ class ClassSums:
 
         (Σ f fᵀ − Σ_k n_k μ_k μ_kᵀ) / N: equal to centring every row by the final mean of its class.
         """
-        assert self.second_DD is not None, "the second moments are needed"
+        second_DD = self.second_DD
+        assert second_DD is not None, "the second moments are needed"
         between_DD = self.means_KD().T @ self.sums_KD
-        return (self.second_DD - between_DD) / self.counts_K.sum().clamp(min=1)
+        return (second_DD - between_DD) / self.counts_K.sum().clamp(min=1)
 
     def first(self, classes: int) -> ClassSums:
         """The same sums without the classes from ``classes`` on; nothing is copied."""
         part = ClassSums()
-        part.counts_K, part.sums_KD, part.second_DD = self.counts_K[:classes], self.sums_KD[:classes], self.second_DD
+        part.counts_K, part.sums_KD = self.counts_K[:classes], self.sums_KD[:classes]
+        part._packed, part._open_DD = self._packed, self._open_DD
         return part
 
     def to(self, device: torch.device) -> None:
         """Move to ``device``."""
         self.counts_K, self.sums_KD = self.counts_K.to(device), self.sums_KD.to(device)
-        if self.second_DD is not None:
-            self.second_DD = self.second_DD.to(device)
+        if self._packed is not None:
+            self.close()
+            self._packed = self._packed.to(device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"counts": self.counts_K, "sums": self.sums_KD, "second": self.second_DD}
+        """The second moments are packed (:mod:`~continual.parts.head.packed`)."""
+        self.close()
+        return {"counts": self.counts_K, "sums": self.sums_KD, "second": self._packed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self.counts_K.device
         self.counts_K = state["counts"].to(device, torch.int64, copy=True)
         self.sums_KD = state["sums"].to(device, torch.float64, copy=True)
-        if self.second_DD is not None:
-            self.second_DD = state["second"].to(device, torch.float64, copy=True)
+        if self._packed is not None:
+            self._packed, self._open_DD = state["second"].to(device, torch.float64, copy=True), None
 
 
 def features_model(context: Context, name: str) -> Model:

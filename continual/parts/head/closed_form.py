@@ -20,7 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from continual.parts.head.class_sums import ClassSums, backbone_trains, check_steady, features_model, sweep
+from continual.parts.head.class_sums import (
+    ClassSums,
+    backbone_trains,
+    check_steady,
+    class_sums,
+    features_model,
+    sweep,
+)
 from continual.parts.head.lift import Lift
 from continual.parts.head.linear import LinearHead
 from continual.parts.part import Context
@@ -172,13 +179,19 @@ class ClosedForm:
         if self.first is not None:
             features_model(context, self._name).head, self.first = self.module, None
 
+        lift = self.module.lift
+        if lift.center and lift.mean is None:
+            sums_KD, counts_K = class_sums(context, table, len(self.sums.counts_K), normalize=lift.normalize)
+            lift.mean = (sums_KD.sum(0) / counts_K.sum().clamp(min=1)).float()
+
         def take(features_BD: Tensor, batch: Batch) -> None:
-            lifted_BM = self.module.lift(features_BD)
+            lifted_BM = lift(features_BD)
             self.sums.add(lifted_BM, batch["labels"])
             if also is not None:
                 also(lifted_BM, batch)
 
         sweep(context, table, take)
+        self.sums.close()
 
     def solve(self) -> None:
         """Bring the scores up to date with the sums."""

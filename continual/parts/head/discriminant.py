@@ -48,9 +48,10 @@ class Discriminants:
     def covariance_MM(self, sums: ClassSums) -> Tensor:
         """Σ' in float64; the identity where rows do not differ from the mean of their class (one row a class)."""
         within_MM, rows = sums.within_DD(), sums.counts_K.sum()
-        assert sums.second_DD is not None
+        second_MM = sums.second_DD
+        assert second_MM is not None
         mean_variance = within_MM.diagonal().mean()
-        nothing = mean_variance <= _NOTHING * sums.second_DD.diagonal().mean() / rows
+        nothing = mean_variance <= _NOTHING * second_MM.diagonal().mean() / rows
         identity_MM = torch.eye(len(within_MM), dtype=within_MM.dtype, device=within_MM.device)
         shrunk_MM = (1 - self.shrinkage) * within_MM + self.shrinkage * mean_variance * identity_MM
         return torch.where(nothing, identity_MM, shrunk_MM)

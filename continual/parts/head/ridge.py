@@ -27,7 +27,7 @@ from continual.errors import TrainingError
 from continual.objective import Objective
 from continual.parts.head.class_sums import ClassSums
 from continual.parts.head.closed_form import EXCLUDES, ClosedForm, Solution
-from continual.parts.head.lift import Lift
+from continual.parts.head.lift import Lift, Projection
 from continual.parts.part import Context, Part, Slot
 from continual.parts.replay.select import row_keys
 from continual.randomness import derive_seed
@@ -47,11 +47,16 @@ class RidgeSettings(Spec):
     Attributes:
         dimension: random features; memory and the time of an update grow with its square and its cube.
         strength: λ, or ``held-out``, which chooses it on a fifth of the training rows of each experience.
+        projection: ``gaussian``, or ``orthogonal``, whose random features are less alike and which holds some signs in
+            the place of a matrix (:mod:`~continual.parts.head.lift`).
+        center: take away the mean of the first experience's features before they are lifted.
         normalize: L2-normalise the features of each row before they are lifted.
     """
 
     kind: Literal["ridge"] = "ridge"
     dimension: int = Field(default=2000, ge=1)
+    projection: Projection = "gaussian"
+    center: bool = False
     strength: Annotated[float, Field(gt=0)] | Literal["held-out"] = "held-out"
     normalize: bool = True
 
@@ -63,8 +68,9 @@ class Ridge:
     strength: float | None
 
     def solve(self, sums: ClassSums) -> Solution:
-        assert sums.second_DD is not None and self.strength is not None
-        weight_MK = ridge_weights(sums.second_DD, sums.sums_KD, self.strength)
+        second_MM = sums.second_DD
+        assert second_MM is not None and self.strength is not None
+        weight_MK = ridge_weights(second_MM, sums.sums_KD, self.strength)
         if weight_MK is None:
             raise TrainingError(
                 f"head/ridge with strength {self.strength:g} has no solution in float64: raise strength, or take 'held-out'."
@@ -92,17 +98,18 @@ def choose_strength(sums: ClassSums, held: ClassSums) -> float | None:
     The regression is on the others. With H and D the Gram matrix and class sums of the held-out rows, the squared error
     of weights W is Σ|y|² − 2⟨W, D⟩ + ⟨W, H W⟩. None where there are no rows to fit, or none held out.
     """
-    assert sums.second_DD is not None and held.second_DD is not None
+    all_MM, held_MM = sums.second_DD, held.second_DD
+    assert all_MM is not None and held_MM is not None
     if not bool(held.counts_K.any()) or bool(held.counts_K.sum() == sums.counts_K.sum()):
         return None
-    gram_MM, sums_KM = sums.second_DD - held.second_DD, sums.sums_KD - held.sums_KD
-    unit = float(sums.second_DD.diagonal().mean())
+    gram_MM, sums_KM = all_MM - held_MM, sums.sums_KD - held.sums_KD
+    unit = float(all_MM.diagonal().mean())
     best: tuple[float, float] | None = None
     for candidate in CANDIDATES:
         weight_MK = ridge_weights(gram_MM, sums_KM, candidate * unit) if unit > 0 else None
         if weight_MK is None:
             continue
-        fit = (weight_MK * (held.second_DD @ weight_MK)).sum() - 2 * (weight_MK * held.sums_KD.T).sum()
+        fit = (weight_MK * (held_MM @ weight_MK)).sum() - 2 * (weight_MK * held.sums_KD.T).sum()
         if best is None or float(fit) <= best[0]:
             best = float(fit), candidate * unit
     return None if best is None else best[1]
@@ -130,7 +137,13 @@ class RidgeHead(Part):
         super().__init__(**settings)
         own = self.settings
         self.rule = Ridge(None if own.strength == "held-out" else own.strength)
-        lift = Lift(normalize=own.normalize, dimension=own.dimension, activation="relu")
+        lift = Lift(
+            normalize=own.normalize,
+            dimension=own.dimension,
+            activation="relu",
+            projection=own.projection,
+            center=own.center,
+        )
         self.closed_form = ClosedForm(self.rule, lift, second=True)
 
     @property

@@ -60,6 +60,7 @@ class Gaussians:
 
     def fit(self) -> None:
         """Bring means and covariances up to date with the sums."""
+        self.sums.close()
         self._known_k = self.sums.counts_K.nonzero().flatten().cpu()
         mean_KD = self.sums.means_KD()
         self._mean_KD = mean_KD.float()
