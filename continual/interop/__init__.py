@@ -1,0 +1,1 @@
+"""Ours inside other people's frameworks, and theirs inside ours."""
