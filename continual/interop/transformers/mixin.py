@@ -46,12 +46,13 @@ class ContinualMixin(_Base):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         folder = resume_from_checkpoint or None
         if folder is True:
-            folder = get_last_checkpoint(str(self.args.output_dir))
+            folder = get_last_checkpoint(str(self.args.output_dir))  # type: ignore[no-untyped-call]
         memory.prepare(None if folder is None else Path(folder))
+        scaled, self.loss_is_scaled_for_ga = getattr(self, "loss_is_scaled_for_ga", None), True
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            memory.training = False
+            memory.training, self.loss_is_scaled_for_ga = False, scaled
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As the trainer's, after parts have begun: they may add and freeze parameters."""
@@ -90,7 +91,7 @@ class ContinualMixin(_Base):
         if memory is None or not memory.training or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         share = len(inputs["labels"]) / memory.step_rows if "labels" in inputs else 1.0
-        if not getattr(self, "loss_is_scaled_for_ga", None):
+        if not hasattr(type(self), "loss_is_scaled_for_ga"):  # before transformers 5.23, which divides by this
             share *= self.current_gradient_accumulation_steps
         loss = memory.session.loss(inputs)
         return loss if share == 1 else loss * share

@@ -9,6 +9,7 @@ Letters: B rows of a batch, N rows of a data set.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ class DatasetTable(Table):
 
     def __init__(self, dataset: Any, collate: Collate, columns: Sequence[str], rows_N: Tensor) -> None:
         self.dataset, self.collate, self.columns, self.rows_N = dataset, collate, tuple(columns), rows_N
-        self._labels: Tensor | None = None
+        self._known: _Known | None = None
 
     def __len__(self) -> int:
         return len(self.rows_N)
@@ -57,20 +58,49 @@ class DatasetTable(Table):
         """``row``, or ``labels`` where there is one a row."""
         if name == "row":
             return self.rows_N
-        if name != "labels" or (len(self) and self[torch.zeros(1, dtype=torch.int64)]["labels"].dim() > 1):
+        labels = self._scanned().labels if name == "labels" else None
+        if labels is None:
             raise self.missing(name)
-        if self._labels is None:
-            blocks = torch.arange(len(self)).split(_BLOCK)
-            self._labels = torch.cat([self[index_B]["labels"].cpu() for index_B in blocks])
-        return self._labels
+        return labels
 
     def strings(self, name: str) -> Sequence[Any]:
         raise self.missing(name)
 
+    @property
+    def lengths(self) -> Tensor | None:
+        return self._scanned().lengths
+
     def content_keys(self) -> npt.NDArray[np.int64]:
         """One number a row for what the model reads of it (:func:`~continual.streams.content.row_keys`)."""
-        blocks = torch.arange(len(self)).split(_BLOCK)
-        return np.concatenate([row_keys(owned(self, index_B)) for index_B in blocks])
+        return self._scanned().keys
+
+    def _scanned(self) -> _Known:
+        """What must be known of every row, from one pass over all of them."""
+        if self._known is None:
+            keys, lengths, labels = [], [], []
+            for index_B in torch.split(torch.arange(len(self)), _BLOCK):
+                block = owned(self, index_B)
+                keys.append(row_keys(block))
+                if block.lengths is not None:
+                    lengths.append(block.lengths)
+                label = block.columns["labels"]
+                if isinstance(label, Tensor) and label.dim() == 1:
+                    labels.append(label.cpu())
+            self._known = _Known(
+                np.concatenate(keys),
+                torch.cat(lengths) if len(lengths) == len(keys) else None,
+                torch.cat(labels) if len(labels) == len(keys) else None,
+            )
+        return self._known
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Of every row (N,): a number for its content; its tokens, where rows have a length; its label, where it has one."""
+
+    keys: npt.NDArray[np.int64]
+    lengths: Tensor | None
+    labels: Tensor | None
 
 
 class Numbered(Dataset[Any]):

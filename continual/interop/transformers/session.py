@@ -231,7 +231,7 @@ class Session:
             )
         classes: tuple[int, ...] = ()
         if self.loop.objective == "classification":
-            classes = tuple(int(label) for label in train.column("labels").unique().tolist() if label >= 0)
+            classes = tuple(label for label in torch.unique(train.column("labels")).tolist() if label >= 0)
         labels = getattr(getattr(self.module, "config", None), "id2label", None) or {}
         names = tuple(str(labels.get(label, label)) for label in range(max(classes, default=-1) + 1))
         experience = Experience(
