@@ -129,6 +129,7 @@ def check_trainer(trainer: Any, adapts: bool) -> None:
         CompositionError: one sentence for the first setting that cannot be.
     """
     args = trainer.args
+    optim = str(getattr(args.optim, "value", args.optim))
     absent = [name for name in (*_NEEDED, *_INNER) if not hasattr(Trainer, name)]
     problems = [
         (
@@ -144,8 +145,8 @@ def check_trainer(trainer: Any, adapts: bool) -> None:
         (args.auto_find_batch_size, "auto_find_batch_size begins a training anew in its middle: set it to False"),
         (args.torch_compile, "torch_compile cannot follow batches and adapters that change: set it to False"),
         (
-            "lomo" in str(args.optim) or "layerwise" in str(args.optim),
-            f"optim '{args.optim}' steps during the backward pass, where no part can see the gradients: take adamw_torch",
+            "lomo" in optim or "layerwise" in optim,
+            f"optim '{optim}' steps during the backward pass, where no part can see the gradients: take adamw_torch",
         ),
         (
             trainer.compute_loss_func is not None
