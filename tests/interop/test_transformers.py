@@ -189,21 +189,27 @@ def test_one_trainer_that_trains_again_keeps_what_its_optimiser_knows(tmp_path: 
     assert [update.name for update in memory.updates] == ["e0", "update-1"]
 
 
-def test_token_types_are_replayed_with_their_tokens(tmp_path: Path) -> None:
-    def paired(index: int) -> list[dict[str, Any]]:
-        return [{**row, "token_type_ids": [0, 0] + [1] * (len(row["input_ids"]) - 2)} for row in rows(index)]
+def test_token_types_are_replayed_and_saved_with_their_tokens(tmp_path: Path) -> None:
+    def paired(index: int, test: bool = False) -> list[dict[str, Any]]:
+        return [{**row, "token_type_ids": [0, 0] + [1] * (len(row["input_ids"]) - 2)} for row in rows(index, test)]
+
+    def right(batch: Any) -> None:
+        wanted = (batch["input_ids"] > 0).long()
+        wanted[:, :2] = 0
+        assert torch.equal(batch["token_type_ids"], wanted)
 
     memory, model, seen = Continual(PARTS["rehearsal"]), classifier(), []
+    trained(memory, model, 0, tmp_path, train_dataset=paired(0), eval_dataset=paired(0, test=True))
+    memory.save(tmp_path / "memory")
+    memory, model = Continual.load(tmp_path / "memory"), classifier()
     model.bert.embeddings.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
-    trained(memory, model, 0, tmp_path, train_dataset=paired(0), eval_dataset=None)
-    del seen[:]
-    trained(memory, model, 1, tmp_path, train_dataset=paired(1), eval_dataset=None)
+    trained(memory, model, 1, tmp_path, train_dataset=paired(1), eval_dataset=paired(1, test=True))
     replayed = [one for one in seen if len(one["input_ids"]) == 8]
     assert replayed
     for one in replayed:
-        wanted = (one["input_ids"] > 0).long()
-        wanted[:, :2] = 0
-        assert torch.equal(one["token_type_ids"], wanted)
+        right(one)
+    assert memory.monitor is not None
+    right(memory.monitor.tables()[0][torch.arange(10)])
 
 
 def test_a_trainer_of_ones_own_takes_the_mixin(tmp_path: Path) -> None:

@@ -137,7 +137,11 @@ def check_trainer(trainer: Any, adapts: bool) -> None:
             f"transformers {transformers.__version__} has no {quoted(absent)} in its Trainer: install 5.17 or later",
         ),
         (
-            args.world_size > 1 or args.n_gpu > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled,
+            args.world_size > 1
+            or args.n_gpu > 1
+            or trainer.is_model_parallel
+            or trainer.is_deepspeed_enabled
+            or trainer.is_fsdp_enabled,
             "the trainer runs on several devices or shards its model, and here parts see one process with the whole model: "
             "make one GPU visible (CUDA_VISIBLE_DEVICES=0), or take continual.Learner under torchrun",
         ),

@@ -15,7 +15,7 @@ from continual.interop.transformers.rows import Numbered, NumberedCollator
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from continual.interop.transformers.callback import Continual
+    from continual.interop.transformers.hooks import Hooks
 
     _Base = Trainer
 else:
@@ -29,14 +29,14 @@ class ContinualMixin(_Base):
     write the class. Without one it changes nothing.
     """
 
-    continual: Continual | None = None
+    continual: Hooks | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        from continual.interop.transformers.callback import Continual
+        from continual.interop.transformers.hooks import Hooks
 
         for callback in list(self.callback_handler.callbacks):
-            if isinstance(callback, Continual):
+            if isinstance(callback, Hooks):
                 callback.attach(self)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -44,6 +44,7 @@ class ContinualMixin(_Base):
         memory = self.continual
         if memory is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)
+        memory.attach(self)  # it may have gone on to another trainer since
         folder = resume_from_checkpoint or None
         if folder is True:
             folder = get_last_checkpoint(str(self.args.output_dir))  # type: ignore[no-untyped-call]

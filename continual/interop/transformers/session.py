@@ -133,10 +133,16 @@ class Session:
             self.under_way = experience.name
             self.loop.begin(experience, steps=steps)
             self.model.mark_altered(self.loop.parameters().values())
-            self.model.to(self.loop.device)
+            self.place()
             if self.base_sha256 is None:
                 self._record_base()
+            self._came = {}
             self._measure_before(experience)
+
+    def place(self) -> None:
+        """Put what was added to the model where the model is."""
+        if any(parameter.device != self.loop.device for parameter in self.model.parameters()):
+            self.model.to(self.loop.device)
 
     def loss(self, inputs: Any) -> Tensor:
         """The whole loss of one forward pass, a scalar: extended batch, objective, and the parts' own terms."""
@@ -273,7 +279,6 @@ class Session:
         """Which parameters stay as they came, and what they are: a state does not hold them, but knows them."""
         self.base_names = [name for name, parameter in self._came.items() if not parameter.requires_grad]
         self.base_sha256 = self.digest(self.base_names)
-        self._came = {}
 
     def digest(self, names: Iterable[str]) -> str:
         """SHA-256 of these parameters of the model as it came; before its first experience.

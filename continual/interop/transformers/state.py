@@ -115,7 +115,7 @@ def _restore(session: Session, state: dict[str, Any], monitor_settings: bool) ->
         for index, part in enumerate(session.parts):
             part.load_state_dict(state["parts"][f"{index}:{part.name}"])
         session.model.load_saved(state["weights"])
-        session.model.to(loop.device)
+        session.place()
         loop.set_owner(state["owner"])
         position = state["position"]
         loop.experience_index, loop.step, loop.steps = position["index"], position["step"], position["steps"]
