@@ -256,23 +256,30 @@ def test_half_precision_of_the_trainer(tmp_path: Path) -> None:
     torch.testing.assert_close(one.classifier.weight, two.classifier.weight, rtol=0.2, atol=0.05)
 
 
-def test_scaled_gradients_are_edited_as_they_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", [PARTS["ewc"], {"projection": {"kind": "agem", "capacity": 8}}])
+def test_scaled_gradients_are_edited_as_they_are(strategy: dict[str, Any], tmp_path: Path) -> None:
     """What a scaler of float16 does to gradients is undone for the parts; a step that it will leave out is left alone."""
-    memory, model = Continual(PARTS["ewc"]), classifier()
+    memory, model = Continual(strategy), classifier()
     trained(memory, model, 0, tmp_path)
-    loop, session = memory.session.loop, memory.session
+    trained(memory, model, 1, tmp_path)
+    session, part = memory.session, memory.parts[0]
+    loop = session.loop
     with torch.no_grad():
         for parameter in loop.parameters().values():
             parameter.add_(0.1)
-    found = []
+    drawn, state, found = loop.randomness.state_dict(), part.state_dict(), []
     for scale in (1.0, 1024.0):
-        for parameter in loop.parameters().values():
-            parameter.grad = torch.ones_like(parameter) * scale
+        loop.randomness.load_state_dict(drawn)
+        part.load_state_dict(state)
+        generator = torch.Generator().manual_seed(4)
+        start = [-torch.randn(parameter.shape, generator=generator) for parameter in loop.parameters().values()]
+        for parameter, grad in zip(loop.parameters().values(), start, strict=True):
+            parameter.grad = grad * scale
         session.edit_gradients(scale)
         found.append([parameter.grad / scale for parameter in loop.parameters().values()])  # type: ignore[operator]
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
-    assert any(not torch.equal(one, torch.ones_like(one)) for one in found[0])
+    assert any(not torch.equal(one, grad) for one, grad in zip(found[0], start, strict=True))
     for parameter in loop.parameters().values():
         parameter.grad = torch.full_like(parameter, torch.inf)
     session.edit_gradients(1024.0)

@@ -170,16 +170,17 @@ class Session:
         if scale == 1.0:
             self.loop.edit_gradients()
             return
-        grads = [parameter.grad for parameter in self.loop.parameters().values() if parameter.grad is not None]
-        if not all(bool(torch.isfinite(grad).all()) for grad in grads):
+        grads = self._gradients()
+        if grads and not bool(torch.stack([torch.isfinite(grad).all() for grad in grads]).all()):
             return  # the scaler leaves this step out
-        with torch.no_grad():
-            for grad in grads:
-                grad.div_(scale)
-            self.loop.edit_gradients()
-            for parameter in self.loop.parameters().values():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale)
+        for grad in grads:
+            grad.div_(scale)
+        self.loop.edit_gradients()
+        for grad in self._gradients():
+            grad.mul_(scale)
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.loop.parameters().values() if parameter.grad is not None]
 
     def after_step(self, skipped: bool) -> None:
         """Tell the parts that the optimiser has stepped, gradients being still there, or left the step out."""
