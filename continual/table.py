@@ -335,6 +335,8 @@ def concat(tables: Sequence[Table]) -> Table:
 
 PADS = {"labels": IGNORED}
 """What fills a token column that must grow; every other one is filled with 0 under an attention mask of 0."""
+TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "labels")
+"""Columns that hold one number a token where they have two dimensions."""
 
 
 def concat_batches(batches: Sequence[Batch]) -> Batch:
@@ -347,7 +349,7 @@ def concat_batches(batches: Sequence[Batch]) -> Batch:
         if not all(name in batch for batch in batches):
             continue
         parts = [batch[name] for batch in batches]
-        if parts[0].dim() == 2 and name in ("input_ids", "attention_mask", "labels"):
+        if parts[0].dim() == 2 and name in TOKEN_COLUMNS:
             width = max(part.shape[1] for part in parts)
             fill = PADS.get(name, 0)
             parts = [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=fill) for part in parts]

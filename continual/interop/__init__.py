@@ -1,1 +1,1 @@
-"""Other people's frameworks, both ways: a folder or a file for each, and nothing of them imported before it is used."""
+"""Ours inside other people's frameworks, and theirs inside ours."""

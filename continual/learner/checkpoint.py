@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from continual.errors import StateError
-from continual.table import IGNORED, Ragged, Table, TensorTable
+from continual.table import IGNORED, TOKEN_COLUMNS, Ragged, Table, TensorTable
 
 FORMAT = 2
 
@@ -26,10 +26,10 @@ def table_state(table: Table) -> dict[str, Any]:
         mask = None
     state: dict[str, Any] = {"dense": {}, "ragged": {}}
     for name, column in everything.items():
-        if mask is None or name not in ("input_ids", "labels") or column.dim() != 2:
+        if mask is None or name not in TOKEN_COLUMNS or column.dim() != 2:
             state["dense"][name] = column
             continue
-        kept = mask.bool() if name == "input_ids" else _counted(column, mask)
+        kept = _counted(column, mask) if name == "labels" else mask.bool()
         pad = IGNORED if name == "labels" else _pad(column, mask)
         state["ragged"][name] = {"values": column[kept].to(torch.int32), "lengths": kept.sum(1), "pad": pad}
     return state

@@ -34,13 +34,14 @@ class UserModule(nn.Module):
     Args:
         module: returns a tensor, an object with ``logits``, or a mapping with ``"logits"``.
         objective: decides which shapes its logits may have.
+        columns: in place of all that, it gets those of these columns that the rows have, by keyword.
     """
 
     holds = "module"
 
-    def __init__(self, module: nn.Module, objective: Objective) -> None:
+    def __init__(self, module: nn.Module, objective: Objective, columns: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.module, self.objective = module, objective
+        self.module, self.objective, self.columns = module, objective, columns
         parameters = inspect.signature(module.forward).parameters
         kinds = {parameter.kind for parameter in parameters.values()}
         self._anything = all(parameter.kind.name.startswith("VAR_") for parameter in parameters.values())
@@ -53,7 +54,9 @@ class UserModule(nn.Module):
         Raises:
             ModelError: the rows lack the column it reads, or it returns something else.
         """
-        if self._tokens and "input_ids" in batch:
+        if self.columns:
+            returned = self.module(**{name: batch[name] for name in self.columns if name in batch})
+        elif self._tokens and "input_ids" in batch:
             columns = {"input_ids": batch["input_ids"]}
             if self._mask and "attention_mask" in batch:
                 columns["attention_mask"] = batch["attention_mask"]

@@ -253,6 +253,11 @@ class TrainingContext:
         self._last.clear()
         self.step += 1
 
+    def skip_step(self) -> None:
+        """In place of :meth:`after_step`, where the optimiser left a step out (gradients of half precision overflowed)."""
+        self._last.clear()
+        self.step += 1
+
     def end(self) -> None:
         """Call every part's ``end``, the head's last; tell the optimiser of parameters that no longer train."""
         assert self.experience is not None, "end() follows begin()"

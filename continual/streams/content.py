@@ -2,6 +2,7 @@
 
 A key is the first 64 bits of BLAKE2b over the row's feature bytes (text, tokens, numbers); labels and row ids
 are no part of it. Keys are computed once for each base table: views and mapped tables take those of their base.
+A table of another kind gives its own (``content_keys``).
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def row_keys(table: Table) -> Keys:
     if isinstance(table, Concat):
         return np.concatenate([row_keys(part) for part in table.tables])
     if table not in _keys:
-        _keys[table] = _compute(table)
+        own = getattr(table, "content_keys", None)
+        _keys[table] = _compute(table) if own is None else own()
     return _keys[table]
 
 

@@ -9,17 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from adapter_bench import FAMILIES, Bench, assert_same, base_of, batch_of, tensors_of
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from continual.errors import CompositionError, ModelError, StateError
+from continual.models.build import build_model
 from continual.parts.adapter import export
 from continual.parts.adapter.adalora import AdaLoRA
 from continual.parts.adapter.export import check_base, export_adapter, total_folds
 from continual.parts.adapter.lora import LoRA
 from continual.parts.adapter.targets import shortest
+from continual.parts.context import TrainingContext
+from continual.streams.experience import Experience
+from continual.table import TensorTable
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT 0.21's, 2026
 
@@ -183,3 +188,56 @@ def test_a_wrong_base_is_named(tmp_path: Path) -> None:
 )
 def test_target_names_match_exactly(modules: list[str], wanted: list[str], written: object) -> None:
     assert shortest(modules, wanted) == written
+
+
+@pytest.mark.parametrize("kind", ["lora-stack", "adalora-merge"])
+@pytest.mark.parametrize("family", ["llama", "roberta", "distilbert"])
+def test_the_head_of_a_classifier_trains_in_full_and_goes_with_the_adapter(
+    family: str, kind: str, tmp_path: Path
+) -> None:
+    """It begins at random, so a base that is loaded anew has another one; layers of a head carry no adapter."""
+
+    def made(seed: int) -> Any:
+        plain = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        plain |= {"vocab_size": 20, "num_labels": 3, "pad_token_id": 0, "hidden_dropout_prob": 0.0}
+        sizes = plain if family != "distilbert" else {"dim": 16, "hidden_dim": 16, "n_layers": 1, "n_heads": 2, **plain}
+        kinds = {
+            "llama": (transformers.LlamaForSequenceClassification, transformers.LlamaConfig),
+            "roberta": (transformers.RobertaForSequenceClassification, transformers.RobertaConfig),
+            "distilbert": (transformers.DistilBertForSequenceClassification, transformers.DistilBertConfig),
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return kinds[family][0](kinds[family][1](**sizes)).eval()
+
+    heads = {"llama": ["score"], "roberta": ["classifier"], "distilbert": ["pre_classifier", "classifier"]}[family]
+    module, part = made(1), PARTS[kind]()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    model = build_model(module, objective="classification")
+    ids = torch.randint(1, 20, (6, 5), generator=torch.Generator().manual_seed(2))
+    table = TensorTable({"input_ids": ids, "labels": torch.arange(6) % 3, "row": torch.arange(6)})
+    loop = TrainingContext(model, [part], torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3))
+    for task in range(2):
+        loop.begin(Experience(task, f"task {task}", table, classes=(0, 1, 2)), steps=4)
+        names = {
+            name.removeprefix("backbone.module.").partition(".")[0] for name in loop.parameters() if "lora" not in name
+        }
+        assert names == set(heads)
+        for _ in range(4):
+            loop.optimizer.zero_grad()  # type: ignore[union-attr]
+            loop.backward(table[torch.arange(6)])
+            loop.optimizer.step()  # type: ignore[union-attr]
+            loop.after_step()
+        loop.end()
+    assert not any(layer.startswith(tuple(heads)) for layer in part.adapters.layers)
+    folder = export_adapter(model, part, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == heads
+    other = made(3)
+    body = {name: tensor for name, tensor in before.items() if name.partition(".")[0] not in heads}
+    other.load_state_dict(body, strict=False)
+    loaded = PeftModel.from_pretrained(other, str(folder)).eval()
+    module.eval()
+    with torch.no_grad():
+        wanted = module(input_ids=ids).logits
+        torch.testing.assert_close(loaded(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-5)

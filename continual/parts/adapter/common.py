@@ -28,7 +28,7 @@ from continual.models.lowrank import (
     fold,
     merge_fold,
 )
-from continual.parts.adapter.targets import Target, exactly, linear_layers, resolve
+from continual.parts.adapter.targets import Target, exactly, linear_layers, resolve, task_heads
 from continual.state import tensor_bytes
 
 Tuner = Literal["lora", "adalora"]
@@ -167,6 +167,7 @@ class Adapters:
         else:
             targets = list(self.layers)
         config.target_modules = exactly(targets)
+        training = [parameter for parameter in head_parameters(transformer) if parameter.requires_grad]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             try:
@@ -180,6 +181,8 @@ class Adapters:
                     f"PEFT cannot put a {self.kind} adapter into this model ({error}): name other layers in "
                     "adapter.target."
                 ) from error
+        for parameter in training:
+            parameter.requires_grad_(True)
         self.layers = adapted_layers(transformer)
         for layer in self.layers.values():
             peft_layer: Any = layer
@@ -219,10 +222,16 @@ def transformer_of(model: nn.Module) -> nn.Module:
     return model
 
 
+def head_parameters(transformer: nn.Module) -> list[nn.Parameter]:
+    """Parameters of a Hugging Face classifier's own head."""
+    return [parameter for head in task_heads(transformer).values() for parameter in head.parameters()]
+
+
 def freeze(model: nn.Module) -> None:
-    """Stop training everything but the head."""
+    """Stop training everything but the head: ours, or that of a Hugging Face classifier."""
     head = getattr(model, "head", None)
     kept = {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()
+    kept |= {id(parameter) for parameter in head_parameters(transformer_of(model))}
     for parameter in model.parameters():
         if id(parameter) not in kept:
             parameter.requires_grad_(False)

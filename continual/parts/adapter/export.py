@@ -4,6 +4,7 @@ Every adapter of every task (trained on, stacked or merged, LoRA or AdaLoRA) is 
 them; the folds of one layer are put side by side along the rank, which sums them exactly, or merged in another way
 (:mod:`~continual.parts.adapter.merging`). alpha equals the rank in every layer, so that the scaling is 1 also for a reader
 that knows one global rank only. A layer of rank 0 is no target.
+The head of a Hugging Face classifier, which trains in full, lies beside them as PEFT's ``modules_to_save``.
 
 The folder is written beside its place, flushed and renamed. ``continual.json`` in it names the base model and its
 SHA-256, since PEFT loads an adapter on any base of the same shapes without a word.
@@ -27,7 +28,7 @@ from continual.errors import CompositionError, ModelError, SpecError, StateError
 from continual.models.lowrank import Fold, fold, is_transposed, stack_folds
 from continual.parts.adapter.common import Adapters, transformer_of
 from continual.parts.adapter.merging import METHODS, Method, check_merge, merge
-from continual.parts.adapter.targets import shortest
+from continual.parts.adapter.targets import shortest, task_heads
 from continual.state import replace_folder, seal_folder
 
 RECORD = "continual.json"
@@ -99,6 +100,9 @@ def export_adapter(
     for layer, (A, B) in folds.items():
         tensors[f"base_model.model.{layer}.lora_A.weight"] = A
         tensors[f"base_model.model.{layer}.lora_B.weight"] = B
+    for head, module in task_heads(transformer_of(model)).items():
+        for name, tensor in module.state_dict().items():
+            tensors[f"base_model.model.{head}.{name}"] = tensor.detach().cpu().clone()
     record = {
         "format": 1,
         "part": part.name,
@@ -131,6 +135,7 @@ def lora_config(model: nn.Module, adapters: Adapters, folds: dict[str, Fold]) ->
     ranks = {name: A.shape[0] for name, (A, _) in folds.items()}
     highest = max(ranks.values())
     pattern = {f"^{re.escape(name)}": rank for name, rank in sorted(ranks.items()) if rank != highest}
+    heads = list(task_heads(transformer))
     modules = [name for name, _ in transformer.named_modules() if not _inside(name, adapters)]
     bases: list[Any] = [adapters.layers[name] for name in folds]
     config = LoraConfig(
@@ -141,7 +146,8 @@ def lora_config(model: nn.Module, adapters: Adapters, folds: dict[str, Fold]) ->
         alpha_pattern=dict(pattern),
         fan_in_fan_out=all(is_transposed(layer.get_base_layer()) for layer in bases),
         bias="none",
-        task_type=task_type(transformer),
+        task_type="SEQ_CLS" if heads else task_type(transformer),
+        modules_to_save=heads or None,
         base_model_name_or_path=base_name(model),
         inference_mode=True,
     )

@@ -18,10 +18,12 @@ Target = Literal["all-linear"] | list[str]
 def linear_layers(transformer: nn.Module) -> dict[str, nn.Module]:
     """The plain linear layers (``nn.Linear``, ``Conv1D``) that can be wrapped, by name.
 
-    Left out: the output layer of a language model, which may share its weight with the embeddings, and layers whose
-    weight torch reads without calling them (inside ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``).
+    Left out: the output layer of a language model, which may share its weight with the embeddings, the head of a
+    classifier (:func:`task_heads`), and layers whose weight torch reads without calling them (inside
+    ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``).
     """
     output = _output_layer(transformer)
+    heads = {id(module) for head in task_heads(transformer).values() for module in head.modules()}
     unseen = {
         id(child)
         for module in transformer.modules()
@@ -35,6 +37,23 @@ def linear_layers(transformer: nn.Module) -> dict[str, nn.Module]:
         and (isinstance(module, nn.Linear) or is_transposed(module))
         and module is not output
         and id(module) not in unseen
+        and id(module) not in heads
+    }
+
+
+def task_heads(transformer: nn.Module) -> dict[str, nn.Module]:
+    """What a classifier or regressor of Hugging Face has on top of its base model, by name.
+
+    These layers begin at random and so train in full, as PEFT's ``modules_to_save``. Empty for a language model, a bare
+    base model and any module that is not of Hugging Face.
+    """
+    base = getattr(transformer, "base_model", None)
+    if not hasattr(transformer, "base_model_prefix") or base is transformer or _output_layer(transformer) is not None:
+        return {}
+    return {
+        name: child
+        for name, child in transformer.named_children()
+        if child is not base and next(child.parameters(), None) is not None
     }
 
 

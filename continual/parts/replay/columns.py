@@ -73,6 +73,8 @@ def within(lengths_B: Tensor, width: int) -> Tensor:
 def token_lengths(batch: Batch) -> dict[str, Tensor]:
     """For each token column its rows' lengths, int32 CPU (B,): by the mask, or to the last label that counts.
 
+    Token types are as long as their tokens.
+
     Raises:
         StreamError: a mask with a 1 after a 0.
     """
@@ -96,6 +98,9 @@ def token_lengths(batch: Batch) -> dict[str, Tensor]:
         else:
             lengths_B = torch.full((len(column),), column.shape[1])
         found[name] = lengths_B.to("cpu", LENGTH_DTYPE)
+    types = batch.get("token_type_ids")
+    if types is not None and "input_ids" in found and types.shape == batch["input_ids"].shape:
+        found["token_type_ids"] = found["input_ids"]
     return found
 
 
