@@ -158,7 +158,7 @@ def _settings(strategy: Strategy) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Slot, dotted key and settings of the training, where anything is trained by it, and of every part."""
     content = strategy.to_dict()
     solved = any(part.slot == "head" and part.needs_steady_features for part in strategy.prototypes)
-    learns = strategy.backbone == "train" or not solved
+    learns = strategy.backbone == "train" or not (solved or strategy.engine is not None)
     if learns:
         yield "training", "training", content["training"]
     for slot in dict.fromkeys(part.slot for part in strategy.prototypes):
