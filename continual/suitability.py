@@ -4,7 +4,8 @@ What is known is data: for each part in what scenarios it keeps earlier experien
 penalty, distillation or adapter does, however strong: the classes of an earlier experience are never trained beside the new
 ones again, so every row is given to a new class (van de Ven & Tolias 2019, arXiv 1904.07734, table 2; here
 ``reports/split-digits`` and ``reports/split-mnist``). Replay, heads without gradients, training on all rows so far, and a
-competition that leaves earlier classes alone do. Of a part that is not listed, such as one of the user's own, nothing bad is
+competition that leaves earlier classes alone do. On an adapted pretrained base a penalty or distillation does help (``adalora-ewc``
+in ``reports/demo``), so nothing is said of it there. Of a part that is not listed, such as one of the user's own, nothing bad is
 known, and nothing is said.
 """
 
@@ -94,8 +95,9 @@ def _keeps(strategy: Strategy) -> Iterator[tuple[str, frozenset[Scenario]]]:
     if strategy.engine is not None:
         name = f"{strategy.engine.name} {getattr(strategy.engine.settings, 'strategy', '')}".rstrip()
         yield name, EVERYWHERE if getattr(strategy.engine.settings, "plugins", None) else KEEPS.get(name, EVERYWHERE)
+    adapted = any(part.slot == "adapter" for part in strategy.prototypes)
     for part in strategy.prototypes:
         where = KEEPS.get(part.name, EVERYWHERE) if part.reference == part.kind else EVERYWHERE
-        if getattr(part.settings, "across_tasks", None) == "separate":
+        if getattr(part.settings, "across_tasks", None) == "separate" or (adapted and where == NOT_CLASS):
             where = EVERYWHERE
         yield part.name, NOT_CLASS if part.settles and where == NOWHERE else where

@@ -24,7 +24,7 @@ BARE = {"naive", "lora", "adalora", "lm-lora", "inc-lora", "lm-inc-lora", "promp
 """Nothing against forgetting in them."""
 NOT_FOR_CLASSES = {
     *("ewc", "online-ewc", "si", "mas", "rwalk", "l2", "lwf", "feature-distillation", "agem", "ogd"),
-    *("lora-ewc", "adalora-ewc", "o-lora", "lm-o-lora", "osf", "lm-osf"),
+    *("osf", "lm-osf"),
     *("avalanche-ewc", "avalanche-si", "avalanche-lwf", "avalanche-agem"),
 }
 SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
