@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from continual.monitor.monitor import Monitor as Monitor
     from continual.parts.context import TrainingContext as TrainingContext
     from continual.strategy import Strategy as Strategy
-    from continual.strategy import Training as Training
     from continual.streams.check import check_stream as check_stream
     from continual.streams.experience import Experience as Experience
     from continual.streams.stream import Stream as Stream
+    from continual.training import Training as Training
 
 _WHERE = {
     "ContinualError": "continual.errors",
@@ -30,7 +30,7 @@ _WHERE = {
     "Run": "continual.learner",
     "Strategy": "continual.strategy",
     "Stream": "continual.streams.stream",
-    "Training": "continual.strategy",
+    "Training": "continual.training",
     "TrainingContext": "continual.parts.context",
     "Update": "continual.learner",
     "check_stream": "continual.streams.check",

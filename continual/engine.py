@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from continual.errors import SpecError, unknown
 from continual.models.output import Output
@@ -18,9 +18,7 @@ from continual.parts.context import TrainingContext
 from continual.spec import Spec, load_object, parse
 from continual.streams.experience import Experience
 from continual.table import Batch
-
-if TYPE_CHECKING:
-    from continual.strategy import Training
+from continual.training import Training
 
 ENGINES: dict[str, str] = {"avalanche": "continual.interop.avalanche.engine:AvalancheEngine"}
 """``kind`` → where its class lies. Nothing is imported until it is used."""

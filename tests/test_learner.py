@@ -22,8 +22,8 @@ from continual.parts.penalty.ewc import EWC
 from continual.parts.replay.rehearsal import Rehearsal
 from continual.randomness import Randomness
 from continual.state import load_state, save_state
-from continual.strategy import Training
 from continual.table import Ragged, TensorTable
+from continual.training import Training
 
 
 def points(seed: int, rows: int = 60) -> TensorDataset:

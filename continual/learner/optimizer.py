@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from continual.errors import StateError
-from continual.strategy import Training
+from continual.training import Training
 
 
 def make_optimizer(training: Training, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:

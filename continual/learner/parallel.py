@@ -34,8 +34,8 @@ from continual.learner.processes import Processes, as_bytes
 from continual.models.output import Output
 from continual.parts.context import TrainingContext
 from continual.randomness import derive_seed
-from continual.strategy import Training
 from continual.table import Batch, Table
+from continual.training import Training
 
 BUCKET_BYTES = 64 * 2**20
 """Gradients that travel together."""

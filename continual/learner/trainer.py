@@ -17,10 +17,10 @@ from continual.learner.parallel import Parallel
 from continual.learner.processes import Processes
 from continual.monitor.evaluation import evaluating, score_tables
 from continual.parts.context import TrainingContext, not_finite
-from continual.strategy import Training
 from continual.streams.batching import training_batches
 from continual.streams.experience import Experience
 from continual.table import Batch, Table, TensorTable, View, to_device
+from continual.training import Training
 
 LOOK_EVERY = 16
 """Steps between two looks at the loss on an accelerator; steps with a loss that is not finite are skipped on the device."""

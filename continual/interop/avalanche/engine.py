@@ -24,9 +24,9 @@ from continual.objective import Objective
 from continual.parts.context import TrainingContext
 from continual.spec import Spec
 from continual.state import tensor_bytes
-from continual.strategy import Training
 from continual.streams.experience import Experience
 from continual.table import Batch
+from continual.training import Training
 
 UNREAD: dict[str, Any] = {
     "head_lr": None,

@@ -16,7 +16,7 @@ from continual.interop.avalanche.module import Competing, Features, Logits, Task
 from continual.interop.avalanche.strategies import DEFAULTS, parameters, plugin_class, strategy_class
 from continual.models.model import Model
 from continual.parts.context import TrainingContext
-from continual.strategy import Training
+from continual.training import Training
 
 
 def make_strategy(

@@ -20,7 +20,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from continual.errors import CompositionError, StateError, StreamError, quoted
 from continual.interop.transformers.fit import check_trainer, fitted, is_peft, objective_of, warn_left_out
-from continual.interop.transformers.mixin import ContinualMixin
+from continual.interop.transformers.mixin import ContinualMixin, Rider
 from continual.interop.transformers.rows import DatasetTable, row_ids
 from continual.interop.transformers.session import Session
 from continual.interop.transformers.state import read_state, restore, session_state
@@ -38,7 +38,7 @@ FOLDER = "continual"
 """Beside the trainer's own files in a checkpoint."""
 
 
-class Hooks(TrainerCallback):
+class Hooks(Rider):
     """What :class:`~continual.interop.transformers.Continual` is to its trainer; the arguments are said there."""
 
     def __init__(

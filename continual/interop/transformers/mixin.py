@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from continual.interop.transformers.rows import Numbered, NumberedCollator
@@ -15,11 +16,17 @@ from continual.interop.transformers.rows import Numbered, NumberedCollator
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from continual.interop.transformers.hooks import Hooks
-
     _Base = Trainer
 else:
     _Base = object
+
+
+class Rider(TrainerCallback):
+    """A callback that takes hold of its trainer: :class:`~continual.interop.transformers.hooks.Hooks`."""
+
+    def attach(self, trainer: Any) -> None:
+        """Take hold of ``trainer``."""
+        raise NotImplementedError
 
 
 class ContinualMixin(_Base):
@@ -29,14 +36,12 @@ class ContinualMixin(_Base):
     write the class. Without one it changes nothing.
     """
 
-    continual: Hooks | None = None
+    continual: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        from continual.interop.transformers.hooks import Hooks
-
         for callback in list(self.callback_handler.callbacks):
-            if isinstance(callback, Hooks):
+            if isinstance(callback, Rider):
                 callback.attach(self)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
