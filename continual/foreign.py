@@ -69,10 +69,16 @@ def quiet(package: str) -> Iterator[None]:
         warnings.simplefilter("default")
         try:
             yield
-        finally:
-            found = list(caught)
+        except BaseException:
+            _give(caught, package)
+            raise
+    _give(caught, package)
+
+
+def _give(caught: list[warnings.WarningMessage], package: str) -> None:
+    """Warn again of what others than the package have warned of."""
     folder = _folder(package)
-    for entry in found:
+    for entry in caught:
         if not (folder and Path(entry.filename).is_relative_to(folder)) and not _is_of(entry.category, package):
             warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
 

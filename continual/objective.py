@@ -123,9 +123,10 @@ def active_classes(
 
 def _binary_losses(logits_BK: Tensor, labels_B: Tensor, active: Tensor | None) -> Tensor:
     wanted_BK = (labels_B[:, None] == torch.arange(logits_BK.shape[1], device=logits_BK.device)).to(logits_BK.dtype)
+    counted = (labels_B != IGNORED)[:, None] if active is None else (labels_B != IGNORED)[:, None] & active
+    logits_BK = logits_BK.masked_fill(~counted, 0.0)
     losses_BK = F.binary_cross_entropy_with_logits(logits_BK, wanted_BK, reduction="none")
-    counted_B1 = (labels_B != IGNORED)[:, None]
-    return (losses_BK * (counted_B1 if active is None else counted_B1 & active)).sum(1)
+    return losses_BK.masked_fill(~counted, 0.0).sum(1)
 
 
 def _full(logits: Tensor) -> Tensor:

@@ -110,6 +110,8 @@ def run_cell(
             out, base, chosen, seed, resume, device=device, save_every=save_every, track=track, progress=progress
         )
         processes.from_main(lambda: write_text(out / "run.json", json.dumps(request, indent=1)))
+        if resume and on_note is not None and processes.is_main:
+            on_note(learner.whereabouts())
         note = unsuited(chosen, loaded.scenario, loaded.objective, None if loaded.open else len(loaded))
         if note is not None:
             learner.notes += [] if note in learner.notes else [note]

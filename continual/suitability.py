@@ -89,7 +89,7 @@ def _keeps(strategy: Strategy) -> Iterator[tuple[str, frozenset[Scenario]]]:
     if strategy.data != "experience":
         yield f"data: {strategy.data}", EVERYWHERE
     if strategy.training.active in ("experience", "asymmetric"):
-        yield f"training.active: {strategy.training.active}", EVERYWHERE
+        yield f"training.active: {strategy.training.active}", frozenset({"task", "class"})
     if strategy.backbone == "frozen":
         yield "backbone: frozen", NOT_CLASS
     if strategy.engine is not None:

@@ -115,3 +115,11 @@ def test_language_models_count_the_tokens_that_have_a_label(objective: str, shif
         assert float(losses[row]) == pytest.approx(loss, abs=1e-5)
         assert float(scores["log-likelihood per token"][row]) == pytest.approx(-loss, abs=1e-5)
         assert bool(scores["exact match"][row]) == right
+
+
+def test_a_class_that_does_not_compete_may_have_any_logit_in_the_binary_loss() -> None:
+    logits = torch.tensor([[1.0, torch.inf]], requires_grad=True)
+    found = loss_rows("classification", logits, {"labels": torch.tensor([0])}, torch.tensor([True, False]), "binary")
+    found.sum().backward()
+    torch.testing.assert_close(found, torch.nn.functional.softplus(torch.tensor([-1.0])))
+    assert logits.grad is not None and bool(torch.isfinite(logits.grad).all())

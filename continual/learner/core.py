@@ -135,6 +135,15 @@ class Core:
         """Gives the output for the rows of a batch: the model, or the engine in its place."""
         return self.context.forward if self._engine is None else self._engine.forward
 
+    def whereabouts(self) -> str:
+        """Where the learner stands, in a few words."""
+        step = "" if self._pending is None else f", at step {self._pending.step} of '{self._pending_name}'"
+        return (
+            f"goes on after {self.updates} updates{step}"
+            if self.updates or step
+            else "begins anew: no checkpoint was written"
+        )
+
     def state_bytes(self) -> dict[str, int]:
         """Bytes of each part's state, of the weights that are saved, and of the optimiser's state."""
         found = {part.name: part.nbytes() for part in self.parts}

@@ -190,7 +190,13 @@ def load_results(folders: Iterable[Path]) -> list[Result]:
     for folder in folders:
         found = list(_below(Path(folder), RESULT))
         if not found:
-            raise StateError(f"there is no finished run in '{folder}': name a folder that holds a {RESULT}.")
+            begun = (Path(folder) / "run.json").is_file()
+            instead = (
+                "go on with it (continual run … --resume), or leave it out"
+                if begun
+                else f"name a folder that holds a {RESULT}"
+            )
+            raise StateError(f"there is no finished run in '{folder}': {instead}.")
         for run in found:
             result = load_result(run)
             other, _ = seen.setdefault(result.key, (run, result))

@@ -407,3 +407,23 @@ def test_with_penalty_replay_and_distillation(kind: str, beside: str, folder: Pa
     learner = learner_for(strategy, model=stream.model)
     learner.run(stream)
     assert all(torch.isfinite(tensor).all() for tensor in weights(learner).values() if tensor.is_floating_point())
+
+
+@both
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_features_of_several_layers_leave_out_virtual_tokens(kind: str, pooling: Any) -> None:
+    found = Bench("bert", KINDS[kind](tokens=COUNT), lr=3e-2)
+    found.task(0, 3)
+    batch = padded("bert")
+    backbone = PooledTransformer(found.model.transformer, pooling, layers=2)
+    together = backbone(batch)
+    for place in range(len(batch["input_ids"])):
+        width = int(batch["attention_mask"][place].sum())
+        alone = {name: batch[name][place : place + 1, :width] for name in ("input_ids", "attention_mask")}
+        torch.testing.assert_close(together[place : place + 1], backbone(alone), rtol=1e-4, atol=1e-5)
+    if pooling == "cls":
+        states = found.model.transformer(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
+        ).hidden_states
+        torch.testing.assert_close(together[:, -states[-2].shape[2] :], F.normalize(states[-2][:, 0], dim=1))
+        assert states[-2].shape[1] == batch["input_ids"].shape[1]

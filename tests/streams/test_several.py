@@ -83,3 +83,56 @@ def test_what_cannot_be_is_refused(two: Path) -> None:
     for wrong in ({"folders": ["news", "news"]}, {"folders": ["news"], "domain": "label"}, {"folders": []}):
         with pytest.raises(SpecError):
             Stream.load({"name": "x", "source": {"kind": "files", **wrong}, "split": {"by": "domain"}}, data=two)
+
+
+@pytest.mark.parametrize("label", [None, "", 0.5])
+def test_a_label_that_is_none_does_not_become_a_class(two: Path, label: Any) -> None:
+    write(two / "other", "train", ["a", "b", "c"], ["x", "y", label])
+    with pytest.raises(StreamError):
+        load(FilesSource(folders=["news", "other"]), two)
+
+
+@pytest.mark.parametrize("given", [-1, "-1"])
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_unlabelled_is_what_is_written_of_either_type(tmp_path: Path, given: Any, suffix: str) -> None:
+    rows = [(f"text {place}", place % 3 - 1) for place in range(9)]
+    lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
+    if suffix == "csv":
+        lines = ["text,label", *(f"{text},{label}" for text, label in rows)]
+    (tmp_path / f"train.{suffix}").write_text("\n".join(lines) + "\n")
+    rows_found = load(FilesSource(path=".", unlabelled=[given]), tmp_path)
+    assert rows_found.label_names == ("0", "1") and "3 of 9 rows left out" in rows_found.notes[0]
+
+
+def test_a_test_set_that_vanishes_is_said_and_a_share_may_take_its_place(tmp_path: Path) -> None:
+    write(tmp_path, "train", [f"train {place}" for place in range(30)], [place % 2 for place in range(30)])
+    write(tmp_path, "test", ["a", "b"], [-1, -1])
+    rows = load(FilesSource(path=".", unlabelled=[-1]), tmp_path)
+    assert "test" not in rows.tables and "2 of 2 rows left out" in rows.notes[0]
+    shared = load(FilesSource(path=".", unlabelled=[-1], shares={"test": 0.3}), tmp_path)
+    assert len(shared.tables["test"]) > 0 and "2 of 2 rows left out" in shared.notes[0]
+
+
+def test_unlabelled_needs_labels(two: Path) -> None:
+    with pytest.raises(StreamError, match="leave 'unlabelled' out"):
+        FilesSource(path="news", unlabelled=["-"]).load(Place(data=two), "causal-lm")
+
+
+@pytest.mark.parametrize("keep", ["memory", "disk"])
+def test_folders_of_other_widths_are_refused(tmp_path: Path, keep: Any) -> None:
+    for folder, width in (("a", 2), ("b", 3)):
+        (tmp_path / folder).mkdir()
+        rows = [{**{f"x{place}": 0.5 for place in range(width)}, "label": row % 2} for row in range(4)]
+        (tmp_path / folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(StreamError):
+        load(FilesSource(folders=["a", "b"], features=["x0", "x1", "x2"], keep=keep), tmp_path)
+
+
+def test_what_most_leaves_out_is_said_and_one_folder_is_no_two(two: Path) -> None:
+    rows = load(FilesSource(folders=["news", "mail"], most={"train": 8}), two)
+    assert sum("8 of 12 rows kept" in note for note in rows.notes) == 2
+    with pytest.raises(SpecError):
+        Stream.load(
+            {"name": "x", "source": {"kind": "files", "folders": ["news", "./news"]}, "split": {"by": "domain"}},
+            data=two,
+        )

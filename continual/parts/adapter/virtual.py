@@ -156,6 +156,9 @@ class VirtualTokens:
                 found = getattr(output, name, None)
                 if isinstance(found, Tensor):
                     setattr(output, name, found[:, self._cut :])
+            states = getattr(output, "hidden_states", None)
+            if states is not None:
+                output.hidden_states = tuple(state[:, self._cut :] for state in states)
         return output
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -135,11 +136,12 @@ def hadamard(value_BP: Tensor) -> Tensor:
     """Each row times the orthonormal Hadamard matrix of size P, a power of two."""
     width = value_BP.shape[1]
     rows = 1 << (width.bit_length() - 1) // 2
-    left, right = (_small(size, value_BP) for size in (rows, width // rows))
+    left, right = (_small(size, value_BP.device, value_BP.dtype) for size in (rows, width // rows))
     return (left @ value_BP.view(-1, rows, width // rows) @ right).flatten(1)
 
 
-def _small(size: int, like: Tensor) -> Tensor:
+@lru_cache(maxsize=32)
+def _small(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     from scipy.linalg import hadamard as matrix
 
-    return torch.from_numpy(matrix(size) / math.sqrt(size)).to(like.device, like.dtype)
+    return torch.from_numpy(matrix(size) / math.sqrt(size)).to(device, dtype)

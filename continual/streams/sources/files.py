@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -85,7 +86,7 @@ class FilesSource(TabularSource):
                 "with folders, a row's domain is its folder and each has its own parts: leave domain, "
                 "train, valid and test out"
             )
-        if self.folders is not None and len(set(self.folders)) < len(self.folders):
+        if self.folders is not None and len({str(Path(name)) for name in self.folders}) < len(self.folders):
             raise ValueError("folders names one twice")
         return self
 
@@ -102,7 +103,9 @@ class FilesSource(TabularSource):
         if self.folders is None:
             raws = self._parts(self._paths(place, self.path), objective)
         else:
-            each = {name: self._parts(self._paths(place, self._inside(name)), objective) for name in self.folders}
+            each = {
+                str(Path(name)): self._parts(self._paths(place, self._inside(name)), objective) for name in self.folders
+            }
             present = [part for part in PARTS if any(part in raws for raws in each.values())]
             raws = {
                 part: one_of({name: raws[part] for name, raws in each.items() if part in raws}, objective)
@@ -123,11 +126,16 @@ class FilesSource(TabularSource):
         if objective == "classification":
             raws = numbered(raws, [part for part, path in paths.items() if path.suffix == ".csv"])
         for part in ("valid", "test"):
-            share = getattr(self.shares, part)
-            if share and part in raws:
+            if part in raws and not len(raws[part].table):
+                emptied = raws.pop(part)
+                raws["train"] = replace(raws["train"], notes=(*raws["train"].notes, *emptied.notes))
+            if getattr(self.shares, part) and part in raws:
                 raise StreamError(f"the source 'files' has {part} rows and 'shares.{part}' as well: use one of them.")
         raws |= split_off(raws["train"], self.shares)
-        return {part: at_most(raw, getattr(self.most, part)) for part, raw in raws.items()}
+        return {
+            part: at_most(raw, getattr(self.most, part), f"'{paths.get(part, paths['train'])}', {part}")
+            for part, raw in raws.items()
+        }
 
     def _paths(self, place: Place, folder: str | None) -> dict[Part, Path]:
         named = {part: getattr(self, part) for part in PARTS if getattr(self, part) is not None}

@@ -97,13 +97,13 @@ def assemble(
     Raises:
         StreamError: no rows, empty text, NaN features, labels of the wrong type, one class only, ids that repeat.
     """
+    notes = list(dict.fromkeys(note for raw in raws.values() for note in raw.notes))
     raws = {part: raws[part] for part in PARTS if part in raws and len(raws[part].table)}
     if "train" not in raws:
         raise StreamError(f"{where}: there are no training rows: give at least one.")
     if not trusted:
         for part, raw in raws.items():
             _check_features(raw.table, f"{where}, {part}")
-    notes = list(dict.fromkeys(note for raw in raws.values() for note in raw.notes))
     if overlap == "drop" and "test" in raws:
         before = {part: len(raw.table) for part, raw in raws.items()}
         raws = {part: raw if part == "test" else _without(raw, raws["test"]) for part, raw in raws.items()}
@@ -161,7 +161,7 @@ def class_indices(
     Raises:
         StreamError: no labels, labels of another type or of two types, too few classes, a class without training rows.
     """
-    values = {part: _class_values(found, f"{where}, {part}") for part, found in labels.items()}
+    values = {part: class_values(found, f"{where}, {part}") for part, found in labels.items()}
     if len({isinstance(found, list) for found in values.values()}) > 1:
         raise StreamError(f"{where}: some parts have strings as labels and others whole numbers: use one kind.")
     indices: dict[Part, Tensor] = {}
@@ -223,7 +223,12 @@ def stratified(labels_N: Tensor, share: float, seed: int) -> Tensor:
     return taken
 
 
-def _class_values(labels: Values | None, where: str) -> list[str] | npt.NDArray[np.int64]:
+def class_values(labels: Values | None, where: str) -> list[str] | npt.NDArray[np.int64]:
+    """The labels of a classification as names, or as whole numbers int64 (N,).
+
+    Raises:
+        StreamError: none, or one that is neither.
+    """
     if labels is None:
         raise StreamError(f"{where}: there are no labels: classification needs a class for each row.")
     if isinstance(labels, Tensor):

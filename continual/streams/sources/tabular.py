@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field
+from pydantic import Field, StrictInt
 
 from continual.errors import StreamError, nearest, quoted
 from continual.objective import Objective
 from continual.spec import Spec
 from continual.streams.columns import named
 from continual.streams.content import TEXTS
-from continual.streams.sources.rows import Raw, Values, take
+from continual.streams.sources.rows import Raw, Values
 from continual.streams.tokens import TEXT_GROUPS
 from continual.table import ArrowTable, Table, TensorTable
 
@@ -52,7 +51,7 @@ class TabularSource(Spec):
     completion: str | None = None
     messages: str | None = None
     label: str | None = None
-    unlabelled: list[str | int] = Field(default_factory=list)
+    unlabelled: list[str | StrictInt] = Field(default_factory=list)
     domain: str | None = None
     time: str | None = None
     id: str | None = None
@@ -65,6 +64,9 @@ class TabularSource(Spec):
         Raises:
             StreamError: a column is missing, or there are none to learn from.
         """
+        notes: tuple[str, ...] = ()
+        if self.unlabelled:
+            dataset, notes = self._labelled(dataset, objective, where)
         columns = self._feature_columns(dataset, objective, where)
         for name in (*columns.values(), *(self.features or ()), self.domain, self.time, self.id):
             if name is not None and name not in dataset.column_names:
@@ -72,23 +74,34 @@ class TabularSource(Spec):
                 raise StreamError(f"{where}: there is no column '{name}': {_columns(dataset, name)}{header}")
         on_disk = self.keep == "disk" or (self.keep == "auto" and dataset.data.nbytes > KEEP_IN_MEMORY)
         table = self._inputs(dataset, on_disk, where) if self.features else _texts(dataset, columns, on_disk)
-        raw = Raw(
+        return Raw(
             table,
             self._labels(dataset, objective, where),
             None if self.domain is None else list(dataset[self.domain]),
             None if self.time is None else list(dataset[self.time]),
             None if self.id is None else np.asarray(dataset[self.id]),
+            notes,
         )
-        return self._labelled(raw, where) if self.unlabelled and raw.labels is not None else raw
 
-    def _labelled(self, raw: Raw, where: str) -> Raw:
-        kept = [place for place, label in enumerate(raw.labels or ()) if label not in self.unlabelled]
-        if len(kept) == len(raw.table):
-            return raw
-        note = (
-            f"{where}: {len(raw.table) - len(kept)} of {len(raw.table)} rows left out, whose label is in 'unlabelled'"
-        )
-        return replace(take(raw, torch.tensor(kept, dtype=torch.int64)), notes=(*raw.notes, note))
+    def _labelled(
+        self, dataset: datasets.Dataset, objective: Objective, where: str
+    ) -> tuple[datasets.Dataset, tuple[str, ...]]:
+        """The rows whose label, as it is written, is not in ``unlabelled``; a note where some are left out."""
+        if objective not in ("classification", "regression"):
+            raise StreamError(f"{where}: the objective '{objective}' has no labels: leave 'unlabelled' out.")
+        name = self._label_column(dataset)
+        nothing = {str(label) for label in self.unlabelled}
+        if name not in dataset.column_names:
+            return dataset, ()
+        kept = [place for place, label in enumerate(dataset[name]) if str(label) not in nothing]
+        if len(kept) == len(dataset):
+            return dataset, ()
+        left = len(dataset) - len(kept)
+        note = f"{where}: {left} of {len(dataset)} rows left out, whose label is in 'unlabelled'"
+        return dataset.select(kept), (note,)
+
+    def _label_column(self, dataset: datasets.Dataset) -> str:
+        return self.label or next((name for name in ("label", "labels") if name in dataset.column_names), "label")
 
     def string_columns(self, objective: Objective) -> tuple[str, ...]:
         """The columns that are text or names, whatever their cells look like: text, class labels, domain.
@@ -134,7 +147,7 @@ class TabularSource(Spec):
             if self.label is not None:
                 raise StreamError(f"{where}: the objective '{objective}' has no labels: leave 'label' out.")
             return None
-        name = self.label or next((n for n in ("label", "labels") if n in dataset.column_names), "label")
+        name = self._label_column(dataset)
         if name not in dataset.column_names:
             raise StreamError(
                 f"{where}: there is no column '{name}' for labels in 'source.label': {_columns(dataset, name)}"
