@@ -81,8 +81,15 @@ def run_command(
     processes = Processes(resolve_device(device))
     page = processes.from_main(lambda: str(write_run_figures(out)))
     processes.leave()
-    if not processes.is_main:
-        return
+    if processes.is_main:
+        _show(result, out, page)
+    if processes.count > 1:  # a thread of torch's may end the process with an abort while Python takes itself apart
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _show(result: dict[str, Any], out: Path, page: str) -> None:
     shown = {name: value for name, value in result["metrics"].items() if value is not None}
     print(f"{result['stream']} · {result['strategy']} · seed {result['seed']}")
     print("  ".join(f"{name} {value:.3f}" for name, value in shown.items()))
