@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     arguments = parser.parse_args()
     rows = []
-    longer = ["--set", "training.epochs=40", "--save-every", "5"]
+    longer = ["--set", "training.epochs=60", "--save-every", "5"]
     plan = [("split-digits", "rehearsal", longer), ("split-digits", "ewc-rehearsal", longer)]
     plan += [("docstrings", "adalora-rehearsal", ["--save-every", "2"])]
     for stream, strategy, options in plan:
