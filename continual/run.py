@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from continual.learner.core import resolve_device
 from continual.learner.processes import Processes
 from continual.models.build import base_on_disk, gives_features
 from continual.models.spec import parse_model_spec
-from continual.state import check_seal, recover_folder, sweep, write_text
+from continual.state import alone, check_seal, read_object, recover_folder, sweep, write_text
 from continual.strategy import Strategy
 from continual.streams.experience import Scenario
 from continual.streams.spec import read_stream_spec
@@ -91,7 +90,7 @@ def run_cell(
         def begin() -> dict[str, Any] | None:
             if resume and not (out / "run.json").is_file():
                 raise StateError(f"there is no run to resume in '{out}': leave --resume out to begin one.")
-            held.enter_context(_alone(out))
+            held.enter_context(alone(out, "run"))
             found = _look(out, request, resume, base, plain)
             if found is None and resume and chosen.engine is not None:
                 raise StateError(
@@ -150,7 +149,7 @@ def _look(out: Path, request: dict[str, Any], resume: bool, base: Any, plain: st
         if (out / "result.json").exists():
             raise StateError(f"'{out}' holds a result of something else: name another out folder.")
         return None
-    known = _read(asked, "name another out folder.")
+    known = read_object(asked, "name another out folder.")
     for key, value in request.items():
         if known.get(key) != json.loads(json.dumps(value)) and (key, known.get(key)) != ("strategy", plain):
             found = f"{key}: {shown(known.get(key))} there, {shown(value)} asked for"
@@ -163,7 +162,7 @@ def _look(out: Path, request: dict[str, Any], resume: bool, base: Any, plain: st
     if not resume:
         raise StateError(f"'{out}' holds this run already: add --resume to go on with it, or name another out folder.")
     if (out / "result.json").is_file():
-        result = _read(out / "result.json", "delete it and resume the run.")
+        result = read_object(out / "result.json", "delete it and resume the run.")
         _check_base(out, result, base)
         return result
     return None
@@ -178,16 +177,6 @@ def _check_base(out: Path, result: dict[str, Any], base: Any) -> None:
             f"'{out}' holds a run on another base model (SHA-256 {shown(there, 20)} there, {shown(now, 20)} now): name another out "
             "folder."
         )
-
-
-def _read(path: Path, advice: str) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StateError(f"'{path}' is damaged ({error}): {advice}") from error
-    if not isinstance(found, dict):
-        raise StateError(f"'{path}' is damaged (it holds {type(found).__name__}, not an object): {advice}")
-    return found
 
 
 def _learner(out: Path, base: Any, strategy: Strategy, seed: int, resume: bool, **options: Any) -> Learner:
@@ -246,28 +235,3 @@ def _write_scores(out: Path, scores: dict[str, Tensor]) -> None:
         raise StateError(
             f"the scores could not be written to '{out}' ({error}): free some space and resume the run."
         ) from error
-
-
-class _alone:
-    """Holds the folder's lock; a second writer is told so at once."""
-
-    def __init__(self, out: Path) -> None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StateError(f"the out folder '{out}' cannot be made ({error}): name another one.") from error
-        self._out = out
-        self._lock = FileLock(out / ".lock")
-
-    def __enter__(self) -> None:
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise StateError(
-                f"'{self._out}' is being written by another run: wait for it, or name another out folder."
-            ) from error
-        except OSError as error:
-            raise StateError(f"the out folder '{self._out}' cannot be written ({error}): name another one.") from error
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()

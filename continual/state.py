@@ -14,12 +14,13 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -186,6 +187,50 @@ def write_text(path: Path, text: str) -> None:
             f"'{path}' could not be written ({error.strerror or error}): free some space or name another place, then run "
             "it again."
         ) from error
+
+
+@contextmanager
+def alone(out: Path, what: str) -> Iterator[None]:
+    """Make the folder ``out`` and hold its lock: one process at a time writes there.
+
+    Args:
+        what: is done there, as the sentence to another process says: ``run``, ``study``.
+
+    Raises:
+        StateError: another process holds it, or the folder cannot be made or written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise StateError(f"another {what} is under way in '{out}': wait for it, or name another out folder.") from error
+    except OSError as error:
+        raise StateError(
+            f"the out folder '{out}' cannot be made or written ({error}): name another out folder."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def read_object(path: Path, advice: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        advice: what to do where it is damaged; it ends the sentence.
+
+    Raises:
+        StateError: it cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StateError(f"'{path}' is damaged ({error}): {advice}") from error
+    if not isinstance(found, dict):
+        raise StateError(f"'{path}' is damaged (it holds {type(found).__name__}, not an object): {advice}")
+    return found
 
 
 def file_sha256(path: Path) -> str:

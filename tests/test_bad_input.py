@@ -295,7 +295,7 @@ PARTS = [
 ]  # fmt: skip
 
 OUTS = [
-    Case("out is a file", run(), ("'out' cannot be made", "name another one"), {**SOUND, "out": "mine"}),
+    Case("out is a file", run(), ("'out' cannot be made", "another out folder"), {**SOUND, "out": "mine"}),
     Case("out below a file", run("--out", "s.yaml/out"), ("'s.yaml/out' cannot be made",), SOUND),
     Case("out in a place of the system", run("--out", "/proc/none/out"), ("cannot be made",), SOUND),
     Case("a result without its run", run(), ("holds a result of something else",), {**SOUND, "out/result.json": "{}"}),
@@ -304,7 +304,7 @@ OUTS = [
          {**SOUND, "out/run.json": "[]"}),
     Case("run.json of another run", run("--resume"), ("'out' holds another run (stream: empty there",),
          {**SOUND, "out/run.json": "{}"}),
-    Case("study into a file", ["study", "t.yaml", "--out", "out"], ("'out' cannot be written", "another out folder"),
+    Case("study into a file", ["study", "t.yaml", "--out", "out"], ("'out' cannot be made or written", "another out folder"),
          {**SOUND, "t.yaml": {"streams": ["s.yaml"], "strategies": ["naive"]}, "out": "mine"}),
     Case("report of an empty folder", ["report", "x"], ("no finished run in 'x'", "result.json"), {"x/y": ""}),
     Case("report of a folder that is not there", ["report", "x"], ("no finished run in 'x'",)),

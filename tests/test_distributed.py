@@ -168,7 +168,7 @@ def test_only_the_main_process_writes_and_tells(folder: Path, tmp_path: Path) ->
     assert {"result.json", "run.json", "scores.safetensors", "checkpoint/state.json"} < set(main["files"])
     assert "adapter/adapter_model.safetensors" in main["files"] and not any("tmp" in name for name in main["files"])
     assert main["processes"] == 2 and main["same"]
-    assert "holds this run already" in main["refused"] and "is being written by another run" in main["locked"]
+    assert "holds this run already" in main["refused"] and "another run is under way" in main["locked"]
     alone = jobs.do("cells", tmp_path)
     assert alone["processes"] == 1 and alone["files"] == main["files"] and alone["tracked"] == main["tracked"]
 

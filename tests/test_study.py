@@ -273,7 +273,7 @@ def test_a_folder_of_something_else_is_left_alone(place: Path) -> None:
 def test_out_that_cannot_be_written(place: Path) -> None:
     study = _study(place, streams=["one.yaml"], strategies=["good.yaml"])
     (place / "file").write_text("")
-    with pytest.raises(StateError, match="cannot be written"):
+    with pytest.raises(StateError, match="cannot be made or written"):
         run_study(study, place / "file" / "out", runner=RUNNER)
 
 

@@ -114,15 +114,14 @@ class ClassSplit(Spec):
         ]
 
 
-class DomainSplit(Spec):
-    """One experience for each value of the source's domain column.
+class Ordered(Spec):
+    """Names of a source in some order.
 
     Attributes:
-        order: ``given`` as the values appear, ``random``, or their names in order (which may leave some out).
+        order: ``given`` as the source has them, ``random``, or their names in order (which may leave some out).
         seed: of the random order; None: that of the run.
     """
 
-    by: Literal["domain"] = "domain"
     order: Order = "given"
     seed: int | None = None
 
@@ -130,6 +129,12 @@ class DomainSplit(Spec):
     def random(self) -> bool:
         """Whether the seed of the run changes the split."""
         return self.order == "random" and self.seed is None
+
+
+class DomainSplit(Ordered):
+    """One experience for each value of the source's domain column."""
+
+    by: Literal["domain"] = "domain"
 
     def pieces(self, rows: Rows, seed: int) -> list[Piece]:
         """One piece for each domain.
@@ -144,22 +149,10 @@ class DomainSplit(Spec):
         return [_marked(rows, rows.domain_names[d], {part: f.get(d) for part, f in found.items()}) for d in order]
 
 
-class ExperienceSplit(Spec):
-    """The experiences that the source comes in.
-
-    Attributes:
-        order: ``given`` as the source has them, ``random``, or their names in order (which may leave some out).
-        seed: of the random order; None: that of the run.
-    """
+class ExperienceSplit(Ordered):
+    """The experiences that the source comes in."""
 
     by: Literal["experience"] = "experience"
-    order: Order = "given"
-    seed: int | None = None
-
-    @property
-    def random(self) -> bool:
-        """Whether the seed of the run changes the split."""
-        return self.order == "random" and self.seed is None
 
     def pieces(self, rows: Rows, seed: int) -> list[Piece]:
         """One piece for each experience.

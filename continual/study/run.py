@@ -22,14 +22,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from continual import provenance
 from continual.errors import ContinualError, StateError
 from continual.learner.core import resolve_device
 from continual.report.load import CELL, ERROR, RESULT, Failure, load_result
-from continual.state import write_text
+from continual.state import alone, write_text
 from continual.study.known import BEGUN, Sources, digest, recorded_settings, same_settings
 from continual.study.spec import Cell, Study
 from continual.study.worker import TRACEBACK, Worker, message_of
@@ -90,18 +89,8 @@ def run_study(
         )
     resolve_device(device)
     out = Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise StateError(f"another study is running in '{out}': wait for it, or name another out folder.") from error
-    except OSError as error:
-        raise StateError(f"'{out}' cannot be written ({error}): name another out folder.") from error
-    try:
+    with alone(out, "study"):
         return _run(study, out, workers, data, device, runner, progress)
-    finally:
-        lock.release()
 
 
 def _run(

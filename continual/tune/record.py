@@ -9,20 +9,19 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from continual.errors import StateError, shown
-from continual.state import write_text
+from continual.state import read_object, write_text
 from continual.strategy import Strategy
 
 ASKED, TRIALS, TABLE, CHOSEN = "tune.json", "trials.json", "trials.csv", "tuned.yaml"
+_ANEW = "delete the folder and tune again."
 
 
 @dataclass(frozen=True)
@@ -48,27 +47,6 @@ def best_of(found: Sequence[Trial]) -> Trial | None:
     return max(scored)[2] if scored else None
 
 
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Hold the folder's lock.
-
-    Raises:
-        StateError: another process holds it, or the folder cannot be made or written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise StateError(f"another tuning runs in '{out}': wait for it, or name another out folder.") from error
-    except OSError as error:
-        raise StateError(f"the out folder '{out}' cannot be written ({error}): name another one.") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def begin(out: Path, request: dict[str, Any]) -> list[Trial]:
     """The trials that were made before, of the same tuning; ``request`` is written where there was none.
 
@@ -81,7 +59,7 @@ def begin(out: Path, request: dict[str, Any]) -> list[Trial]:
             raise StateError(f"'{out}' holds something else: name another out folder.")
         write_text(asked, json.dumps(request, indent=1) + "\n")
         return []
-    known = _read(asked)
+    known = read_object(asked, _ANEW)
     for key, value in json.loads(json.dumps(request)).items():
         if known.get(key) != value:
             found = f"{shown(known.get(key))} there, {shown(value)} asked for"
@@ -89,7 +67,7 @@ def begin(out: Path, request: dict[str, Any]) -> list[Trial]:
     if not (out / TRIALS).is_file():
         return []
     try:
-        return [Trial(**one) for one in _read(out / TRIALS)["trials"]]
+        return [Trial(**one) for one in read_object(out / TRIALS, _ANEW)["trials"]]
     except (KeyError, TypeError) as error:
         raise StateError(f"'{out / TRIALS}' is damaged ({error}): delete the folder and tune again.") from error
 
@@ -108,13 +86,3 @@ def write(out: Path, found: Sequence[Trial], keys: Sequence[str], chosen: Strate
     write_text(out / TABLE, buffer.getvalue())
     content = {"format": 1, "trials": [asdict(trial) for trial in found]}
     write_text(out / TRIALS, json.dumps(content, indent=1) + "\n")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StateError(f"'{path}' is damaged ({error}): delete the folder and tune again.") from error
-    if not isinstance(content, dict):
-        raise StateError(f"'{path}' is damaged (it holds no object): delete the folder and tune again.")
-    return content

@@ -24,12 +24,13 @@ from continual.errors import CompositionError, SpecError, StateError, TrainingEr
 from continual.learner import Learner
 from continual.models.build import gives_features
 from continual.objective import PRIMARY
+from continual.state import alone
 from continual.strategy import Strategy
 from continual.streams.experience import Scenario
 from continual.streams.spec import read_stream_spec
 from continual.streams.stream import Stream
 from continual.tune.propose import sampler
-from continual.tune.record import CHOSEN, Trial, alone, begin, best_of, write
+from continual.tune.record import CHOSEN, Trial, begin, best_of, write
 from continual.tune.rows import tuning_stream
 from continual.tune.space import check_space, default_space, own_settings, read_space
 
@@ -114,7 +115,7 @@ def tune(
     }
     statement = _statement(full, rows, share)
     keys = [dimension.key for dimension in space]
-    with alone(Path(out)):
+    with alone(Path(out), "tuning"):
         found = begin(Path(out), request)
         for trial in found:
             if on_trial is not None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from continual.parts.adapter.common import Adapters
-from continual.parts.adapter.routing import APART, Router, Routing
+from continual.parts.adapter.routing import APART, PROTOTYPES, Router, Routing, check_routing
 from continual.parts.adapter.targets import Target
 from continual.parts.part import Context, Part, Slot
 from continual.spec import Spec
@@ -46,7 +46,7 @@ class LoRASettings(Spec):
     target: Target = "all-linear"
     across_tasks: Literal["continue", "stack", "merge", "first", "separate"] = "continue"
     routing: Routing = "features"
-    prototypes: int = Field(5, ge=1)
+    prototypes: int = Field(PROTOTYPES, ge=1)
     init: Literal["default", "gaussian", "orthogonal"] = "default"
     use_rslora: bool = False
 
@@ -63,10 +63,7 @@ class LoRASettings(Spec):
 
     @model_validator(mode="after")
     def _routing_is_read(self) -> Self:
-        if self.across_tasks != "separate" and (self.routing, self.prototypes) != ("features", 5):
-            raise ValueError("routing and prototypes are read by across_tasks 'separate' only: leave them out")
-        if self.routing == "task" and self.prototypes != 5:
-            raise ValueError("prototypes are read by routing 'features' only: leave them out")
+        check_routing(self.across_tasks == "separate", self.routing, self.prototypes)
         return self
 
 

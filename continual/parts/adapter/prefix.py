@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from continual.errors import CompositionError
 from continual.objective import Objective
-from continual.parts.adapter.routing import APART, Routing
+from continual.parts.adapter.routing import APART, PROTOTYPES, Routing, check_routing
 from continual.parts.adapter.virtual import VirtualTokens, longer_mask
 from continual.parts.part import Context, Part, Slot
 from continual.parts.passes import as_at_test
@@ -41,14 +41,11 @@ class PrefixSettings(Spec):
     init: Literal["vocabulary", "normal"] = "vocabulary"
     across_tasks: Literal["continue", "separate"] = "continue"
     routing: Routing = "features"
-    prototypes: int = Field(5, ge=1)
+    prototypes: int = Field(PROTOTYPES, ge=1)
 
     @model_validator(mode="after")
     def _routing_is_read(self) -> Self:
-        if self.across_tasks != "separate" and (self.routing, self.prototypes) != ("features", 5):
-            raise ValueError("routing and prototypes are read by across_tasks 'separate' only: leave them out")
-        if self.routing == "task" and self.prototypes != 5:
-            raise ValueError("prototypes are read by routing 'features' only: leave them out")
+        check_routing(self.across_tasks == "separate", self.routing, self.prototypes)
         return self
 
 

@@ -32,6 +32,8 @@ from continual.streams.experience import Experience
 from continual.table import IGNORED, Batch
 
 Routing = Literal["features", "task"]
+PROTOTYPES = 5
+"""Of each experience, where nothing else is said."""
 
 APART: dict[str, str] = {
     "penalty": "every experience has an adapter of its own, which later ones do not change, so there is nothing to hold.",
@@ -42,6 +44,14 @@ APART: dict[str, str] = {
 
 _ROWS = 4096
 """Rows of an experience, at most, that its prototypes are made from."""
+
+
+def check_routing(apart: bool, routing: Routing, prototypes: int) -> None:
+    """Raise :class:`ValueError` for a setting that nothing would read."""
+    if not apart and (routing, prototypes) != ("features", PROTOTYPES):
+        raise ValueError("routing and prototypes are read by across_tasks 'separate' only: leave them out")
+    if routing == "task" and prototypes != PROTOTYPES:
+        raise ValueError("prototypes are read by routing 'features' only: leave them out")
 
 
 class Kept(Protocol):
