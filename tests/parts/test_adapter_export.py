@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,20 @@ def test_stock_peft_gives_the_same_answers(family: str, kind: str, tmp_path: Pat
         rank = tensor.shape[0] if ".lora_A." in name else tensor.shape[1]
         assert rank == json.loads((folder / "continual.json").read_text())["ranks"][layer] > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_a_pooler_that_the_reader_has_and_we_have_not_gets_no_adapter(tmp_path: Path) -> None:
+    bench = Bench("bert", LoRA(rank=3), lr=3e-2)
+    bench.model.transformer.pooler = None  # as a pretrained model of ours is loaded
+    bench.task(0, 5)
+    folder = export_adapter(bench.model, bench.part, tmp_path / "adapter")
+    whole = base_of("bert")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        stock = PeftModel.from_pretrained(whole, folder)
+    assert not any("pooler" in name and "lora" in name for name, _ in stock.named_parameters())
+    torch.testing.assert_close(hidden(stock, "bert"), hidden(bench.model.transformer, "bert"), rtol=0, atol=1e-5)
 
 
 def test_ranks_add_up_and_continue_keeps_its_own() -> None:

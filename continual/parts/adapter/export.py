@@ -137,6 +137,8 @@ def lora_config(model: nn.Module, adapters: Adapters, folds: dict[str, Fold]) ->
     pattern = {f"^{re.escape(name)}": rank for name, rank in sorted(ranks.items()) if rank != highest}
     heads = list(task_heads(transformer))
     modules = [name for name, _ in transformer.named_modules() if not _inside(name, adapters)]
+    if getattr(transformer, "pooler", transformer) is None:
+        modules.append("pooler.dense")  # left out of ours (models/pretrained.py), there in the base that a reader loads
     bases: list[Any] = [adapters.layers[name] for name in folds]
     config = LoraConfig(
         r=highest,
