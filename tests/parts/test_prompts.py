@@ -24,6 +24,7 @@ from continual.models.model import Model
 from continual.models.transformer import LanguageModel, PooledTransformer, pool
 from continual.parts.adapter.prefix import Prefix
 from continual.parts.adapter.prompt import Prompt
+from continual.parts.adapter.virtual import CACHE, taken
 from continual.parts.adapter.virtual_export import export_virtual
 from continual.parts.part import Part
 from continual.parts.registry import part_class
@@ -35,7 +36,9 @@ KINDS: dict[str, Any] = {"prompt": Prompt, "prefix": Prefix}
 FAMILIES = ("llama", "bert", "gpt2")
 COUNT = 3
 both = pytest.mark.parametrize("kind", KINDS)
-peft_warns = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT 0.21's, 2026
+peft_warns = pytest.mark.filterwarnings(  # PEFT 0.21 passes what transformers 5.23 and 5.24 renamed
+    "ignore:.*(is_gradient_checkpointing|past_key_values):FutureWarning"
+)
 
 
 def bench(family: str, kind: str, tasks: int = 1, **settings: Any) -> Bench:
@@ -66,7 +69,7 @@ def slow(family: str, kind: str, values: Tensor, batch: Batch) -> list[Tensor]:
             cache = transformers.DynamicCache()
             for layer, (keys, held) in enumerate(values):
                 cache.update(keys[None], held[None], layer)
-            output = base(input_ids=own, attention_mask=ones, past_key_values=cache)
+            output = base(input_ids=own, attention_mask=ones, **{str(taken(base, CACHE)): cache})
         given = output.logits if family == "llama" else output.last_hidden_state
         found.append(given[0, -own.shape[1] :])
     return found
@@ -279,7 +282,9 @@ def test_what_cannot_be_is_refused(kind: str) -> None:
 
 def test_a_prefix_needs_a_cache() -> None:
     config = DistilBertConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=32, vocab_size=64)
-    with pytest.raises(CompositionError, match=r"'past_key_values', which DistilBertModel does not take.*'prompt'"):
+    with pytest.raises(
+        CompositionError, match=r"'cache' or 'past_key_values', which DistilBertModel does not take.*'prompt'"
+    ):
         Bench("bert", Prefix(), encoder(DistilBertModel(config))).begin(0, 1)
     Bench("bert", Prompt(), encoder(DistilBertModel(config))).begin(0, 1)
     with pytest.raises(CompositionError, match="does not work for seq2seq"):

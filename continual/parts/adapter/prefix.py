@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from continual.errors import CompositionError
 from continual.objective import Objective
 from continual.parts.adapter.routing import APART, PROTOTYPES, Routing, check_routing
-from continual.parts.adapter.virtual import VirtualTokens, longer_mask
+from continual.parts.adapter.virtual import CACHE, VirtualTokens, longer_mask, taken
 from continual.parts.part import Context, Part, Slot
 from continual.parts.passes import as_at_test
 from continual.spec import Spec
@@ -61,9 +61,7 @@ class Prefix(Part):
         super().__init__(**settings)
         own = self.settings
         apart = own.across_tasks == "separate"
-        self.adapters = VirtualTokens(
-            feed, "past_key_values", apart=apart, routing=own.routing, prototypes=own.prototypes
-        )
+        self.adapters = VirtualTokens(feed, CACHE, apart=apart, routing=own.routing, prototypes=own.prototypes)
 
     @property
     def refuses(self) -> dict[str, str]:
@@ -97,7 +95,8 @@ class Prefix(Part):
         drawn_V = torch.randint(len(embeddings.weight), (count,), generator=generator)
         ids_BT, cache = drawn_V[None].to(embeddings.weight.device), DynamicCache()
         with torch.no_grad(), as_at_test(transformer), self.adapters.only(None):
-            transformer(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), past_key_values=cache)
+            name = str(taken(transformer, CACHE))
+            transformer(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), **{name: cache})
         layers: list[Any] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
         shapes = {getattr(part, "shape", None) for pair in layers for part in pair}
         if len(shapes) != 1 or None in shapes:
@@ -120,6 +119,6 @@ def feed(transformer: nn.Module, values_L2HVD: Tensor, kwargs: dict[str, Any]) -
     for layer, (keys_HVD, held_HVD) in enumerate(values_L2HVD):
         rows = (len(ids_BT), -1, -1, -1)
         cache.update(keys_HVD.expand(rows), held_HVD.expand(rows), layer)
-    kwargs["past_key_values"] = cache
+    kwargs[str(taken(transformer, CACHE))] = cache
     kwargs["attention_mask"] = longer_mask(kwargs, values_L2HVD.shape[3], ids_BT)
     return 0

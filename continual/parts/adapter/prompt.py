@@ -59,7 +59,7 @@ class Prompt(Part):
         own = self.settings
         apart = own.across_tasks == "separate"
         self.adapters = VirtualTokens(
-            feed, "inputs_embeds", apart=apart, routing=own.routing, prototypes=own.prototypes
+            feed, ("inputs_embeds",), apart=apart, routing=own.routing, prototypes=own.prototypes
         )
 
     @property

@@ -25,6 +25,9 @@ from continual.parts.part import Context
 from continual.state import tensor_bytes
 from continual.streams.experience import Experience
 
+CACHE = ("cache", "past_key_values")
+"""What the argument for keys and values is called: by transformers from 5.24 on, and before."""
+
 Feed = Callable[[nn.Module, Tensor, dict[str, Any]], int]
 """(transformer, values, the arguments of its call, which it changes) → places to cut off in front of its output."""
 
@@ -34,7 +37,7 @@ class VirtualTokens:
 
     Args:
         feed: puts values into a call of the transformer.
-        argument: which argument of the transformer's ``forward`` that needs.
+        arguments: one of these the transformer's ``forward`` must take for that.
         apart: one set for each experience.
         routing, prototypes: which of them answers for a row (:class:`~continual.parts.adapter.routing.Router`).
 
@@ -42,8 +45,10 @@ class VirtualTokens:
         names: sets in the model, oldest first; the last one trains and the others are frozen.
     """
 
-    def __init__(self, feed: Feed, argument: str, *, apart: bool, routing: Routing, prototypes: int) -> None:
-        self.feed, self.argument, self.apart = feed, argument, apart
+    def __init__(
+        self, feed: Feed, arguments: tuple[str, ...], *, apart: bool, routing: Routing, prototypes: int
+    ) -> None:
+        self.feed, self.arguments, self.apart = feed, arguments, apart
         self.names: list[str] = []
         self.router = Router(self, routing, prototypes) if apart else None
         self._values = nn.ParameterDict()
@@ -72,7 +77,7 @@ class VirtualTokens:
         if not self.names:
             transformer = transformer_of(model)
             check_bare(transformer)
-            check_transformer(transformer, name, self.argument)
+            check_transformer(transformer, name, self.arguments)
             _check_room(model, transformer, name, count)
         if not self.names or self.apart:
             self._add(model, make(transformer_of(model)))
@@ -141,7 +146,7 @@ class VirtualTokens:
     def _before(self, transformer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if self._active is None:
             return None
-        if args or kwargs.get("past_key_values") is not None:
+        if args or any(kwargs.get(name) is not None for name in CACHE):
             raise ModelError(
                 "virtual tokens go before rows that are given whole and by keyword: to generate text, export() them and load "
                 "the folder with PEFT."
@@ -162,18 +167,24 @@ class VirtualTokens:
         return output
 
 
-def check_transformer(transformer: nn.Module, name: str, argument: str) -> None:
-    """Raise :class:`CompositionError` unless it reads tokens and its ``forward`` names ``argument``."""
+def taken(transformer: nn.Module, arguments: tuple[str, ...]) -> str | None:
+    """Which of ``arguments`` the transformer's ``forward`` names, the first first."""
+    parameters = inspect.signature(transformer.forward).parameters
+    return next((argument for argument in arguments if argument in parameters), None)
+
+
+def check_transformer(transformer: nn.Module, name: str, arguments: tuple[str, ...]) -> None:
+    """Raise :class:`CompositionError` unless it reads tokens and its ``forward`` names one of ``arguments``."""
     parameters = inspect.signature(transformer.forward).parameters
     if not hasattr(transformer, "get_input_embeddings") or not {"input_ids", "attention_mask"} <= parameters.keys():
         raise CompositionError(
             f"{name} puts virtual tokens before those of a row, and {type(transformer).__name__} reads none: take a "
             "transformer of Hugging Face, or adapter kind 'lora'."
         )
-    if argument not in parameters:
+    if taken(transformer, arguments) is None:
         raise CompositionError(
-            f"{name} works through the argument '{argument}', which {type(transformer).__name__} does not take: take "
-            "adapter kind 'lora'" + (", or 'prompt'." if argument == "past_key_values" else ".")
+            f"{name} works through the argument {' or '.join(map(repr, arguments))}, which {type(transformer).__name__} "
+            "does not take: take adapter kind 'lora'" + (", or 'prompt'." if arguments == CACHE else ".")
         )
 
 
