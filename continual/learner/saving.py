@@ -42,15 +42,7 @@ class Saving(Core):
         Raises:
             StateError: the folder cannot be written, or an update broke off in the middle; what was there is untouched.
         """
-        if self._engine is not None:
-            raise StateError(
-                f"what {self._engine.name} remembers cannot be saved: learn the stream anew where it is wanted."
-            )
-        if self._failed is not None:
-            raise StateError(
-                f"the update on '{self._failed}' broke off in the middle, and a save would keep a half-trained state: go "
-                "on from the last save with Learner.load(folder)."
-            )
+        self._check_savable()
         self.processes.from_main(lambda: save_state(Path(folder), self._state(with_tests=True)))
         return Path(folder)
 
@@ -139,7 +131,27 @@ class Saving(Core):
             StateError: damaged, of another strategy, or asking for something that is not trusted.
             ModelError: the base model is not the one that was recorded.
         """
-        state = load_state(Path(source))
+        return cls.restore(load_state(Path(source)), source, model=model, strategy=strategy, trust=trust, **options)
+
+    @classmethod
+    def restore(
+        cls,
+        state: Mapping[str, Any],
+        source: Path | str,
+        *,
+        model: str | Mapping[str, Any] | nn.Module | None = None,
+        strategy: str | Path | Mapping[str, Any] | Strategy | None = None,
+        resettle: bool = False,
+        trust: Iterable[str] = (),
+        **options: Any,
+    ) -> Self:
+        """As :meth:`load`, from what :meth:`state` gave.
+
+        Args:
+            source: what error sentences call it.
+            resettle: ``strategy`` may have other settings than the one that was saved, as long as its parts are of the same
+                kinds; the optimiser begins anew where it is another one.
+        """
         if state.get("format") != FORMAT:
             raise StateError(f"'{source}' has format {state.get('format')!r}, this version reads {FORMAT}.")
         missing = sorted(NEEDED - state.keys())
@@ -154,7 +166,9 @@ class Saving(Core):
             trusted |= wishes(model)
         check_trusted(source, wishes([state["strategy"], state["model_spec"]]) - trusted)
         saved = Strategy.load({**state["strategy"], "name": state["strategy_name"]})
-        if strategy is not None:
+        if strategy is not None and resettle:
+            saved = _resettled(source, saved, Strategy.load(strategy))
+        elif strategy is not None:
             check_same("strategy", saved.fingerprint(), Strategy.load(strategy).fingerprint())
         spec = state["model_spec"]
         if not isinstance(model, nn.Module) and isinstance(spec, dict) and spec.get("kind") == "object":
@@ -171,12 +185,32 @@ class Saving(Core):
             **options,
         )
         try:
-            learner._restore(state)
+            learner._restore(dict(state))
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise StateError(
                 f"'{source}' is no whole state of a learner ({type(error).__name__}: {error}): use another one."
             ) from error
         return learner
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`save` writes: tensors and plain values; :meth:`restore` goes on from it.
+
+        Raises:
+            StateError: the strategy's engine cannot be saved, or an update broke off in the middle.
+        """
+        self._check_savable()
+        return self._state(with_tests=True)
+
+    def _check_savable(self) -> None:
+        if self._engine is not None:
+            raise StateError(
+                f"what {self._engine.name} remembers cannot be saved: learn the stream anew where it is wanted."
+            )
+        if self._failed is not None:
+            raise StateError(
+                f"the update on '{self._failed}' broke off in the middle, and a save would keep a half-trained state: go "
+                "on from the last save with Learner.load(folder)."
+            )
 
     def _state(self, *, with_tests: bool, progress: Progress | None = None) -> dict[str, Any]:
         context = self.context
@@ -241,7 +275,10 @@ class Saving(Core):
             context.experience_index, context.step = position["index"], position["step"]
             context.steps, context.epoch = position["steps"], position["epoch"]
             context._parameters = None
-            if state["optimizer"] is not None:
+            if (
+                state["optimizer"] is not None
+                and state["strategy"]["training"]["optimizer"] == self.strategy.training.optimizer
+            ):
                 context.optimizer = make_optimizer(self.strategy.training, context.parameters())
                 load_optimizer_state(context.optimizer, context.parameters(), state["optimizer"])
             self.class_names = tuple(state["class_names"])
@@ -278,3 +315,14 @@ def _rows_state(train: Table, valid: Table | None) -> dict[str, Any]:
 def _rows_from_state(state: dict[str, Any]) -> tuple[Table, Table | None]:
     valid = state["valid"]
     return table_from_state(state["train"]), None if valid is None else table_from_state(valid)
+
+
+def _resettled(source: Path | str, saved: Strategy, given: Strategy) -> Strategy:
+    """``given``, whose parts must be of the kinds of ``saved``."""
+    kinds = [sorted(part.name for part in one.make_parts()) for one in (saved, given)]
+    if kinds[0] != kinds[1] or (saved.data, saved.backbone) != (given.data, given.backbone):
+        raise StateError(
+            f"the state in '{source}' is of the parts {quoted(kinds[0])}, and the settings given have {quoted(kinds[1])}: "
+            "other settings may change what a part does, and not which parts there are."
+        )
+    return given

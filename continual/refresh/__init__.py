@@ -1,0 +1,1 @@
+"""Models that are refreshed again and again: versions, a gate before each, lineage, erasure."""
