@@ -11,6 +11,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from continual.errors import SpecError
 from continual.spec import Spec, parse, read_yaml
 
+Happened = Literal["promoted", "failed", "cannot tell", "stopped"]
+"""What became of an update."""
+
 Finding = Literal["label-shift", "covariate-shift", "form-shift", "unknown-classes", "near-duplicates", "leakage"]
 """What the comparison of new rows with those at hand may find."""
 
@@ -114,9 +117,7 @@ class AlertRules(Spec):
     command: list[str] | None = Field(default=None, min_length=1)
     webhook: str | None = Field(default=None, pattern=r"^(https://|http://(localhost|127\.0\.0\.1|\[::1\])[:/])")
     prometheus: str | None = None
-    on: list[Literal["promoted", "failed", "cannot tell", "stopped"]] = Field(
-        default_factory=lambda: ["promoted", "failed", "cannot tell", "stopped"]
-    )
+    on: tuple[Happened, ...] = ("promoted", "failed", "cannot tell", "stopped")
     timeout: PositiveFloat = 10.0
 
 
