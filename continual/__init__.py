@@ -1,6 +1,6 @@
 """Keeps a model learning from a stream of tasks and proves, after every update, what it still remembers.
 
-``Learner``, ``Strategy``, ``Stream``, ``Monitor``, ``Experience`` and ``Training`` are here; importing the package loads
+``Learner``, ``Strategy``, ``Stream``, ``Monitor``, ``Experience``, ``Training`` and ``Store`` are here; importing the package loads
 none of the heavy libraries until one of them is used.
 """
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from continual.learner import Update as Update
     from continual.monitor.monitor import Monitor as Monitor
     from continual.parts.context import TrainingContext as TrainingContext
+    from continual.refresh.store import Store as Store
     from continual.strategy import Strategy as Strategy
     from continual.streams.check import check_stream as check_stream
     from continual.streams.experience import Experience as Experience
@@ -28,6 +29,7 @@ _WHERE = {
     "Learner": "continual.learner",
     "Monitor": "continual.monitor.monitor",
     "Run": "continual.learner",
+    "Store": "continual.refresh.store",
     "Strategy": "continual.strategy",
     "Stream": "continual.streams.stream",
     "Training": "continual.training",
@@ -42,6 +44,7 @@ __all__ = [
     "Learner",
     "Monitor",
     "Run",
+    "Store",
     "Strategy",
     "Stream",
     "Training",

@@ -9,6 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from continual.cli_store import store_app
 from continual.errors import ContinualError
 
 app = typer.Typer(
@@ -19,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(store_app, name="store")
 
 Data = Annotated[
     Path | None,
@@ -58,8 +61,9 @@ def run_command(
     from continual.learner.processes import Processes
     from continual.report import write_run_figures
     from continual.run import run_cell
+    from continual.spec import overrides_of
 
-    overrides = _settings(settings)
+    overrides = overrides_of(settings)
     if precision is not None:
         overrides["training.precision"] = precision
     result = run_cell(
@@ -185,6 +189,7 @@ def tune_command(
     ] = None,
 ) -> None:
     """Choose a strategy's settings on valid rows of the first experiences, never on test rows; the same command goes on."""
+    from continual.spec import overrides_of
     from continual.tune import tune
 
     def show(trial: Any) -> None:
@@ -207,7 +212,7 @@ def tune_command(
         model=model,
         scenario=scenario,  # type: ignore[arg-type]
         device=device,
-        overrides=_settings(settings),
+        overrides=overrides_of(settings),
         on_trial=show,
     )
     more = "" if found.finished else f" The time was up after {len(found.trials)} trials; the same command goes on."
@@ -328,25 +333,6 @@ def _unforeseen(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"the system refused something ({reason}): mend that and run it again; the traceback {where}."
     return f"it stopped with an error of its own ({reason}): the traceback {where}, please report it."
-
-
-def _settings(given: list[str] | None) -> dict[str, Any]:
-    import yaml
-
-    from continual.errors import SpecError
-
-    found: dict[str, Any] = {}
-    for entry in given or []:
-        key, mark, value = entry.partition("=")
-        if not mark or not key:
-            raise SpecError(f"--set '{entry}' has no value: write it as key=value, such as training.lr=0.01.")
-        try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise SpecError(
-                f"--set '{entry}' is not valid YAML after the '=': write it as training.lr=0.01."
-            ) from error
-    return found
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -210,3 +210,23 @@ def _fields(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str
 
 
 __all__ = ["Spec", "load_object", "parse", "quoted", "read_yaml"]
+
+
+def overrides_of(given: Iterable[str] | None) -> dict[str, Any]:
+    """``key=value`` as the command line takes it, such as ``training.lr=0.01``; the value is read as YAML.
+
+    Raises:
+        SpecError: another form.
+    """
+    found: dict[str, Any] = {}
+    for entry in given or ():
+        key, mark, value = entry.partition("=")
+        if not mark or not key:
+            raise SpecError(f"--set '{entry}' has no value: write it as key=value, such as training.lr=0.01.")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SpecError(
+                f"--set '{entry}' is not valid YAML after the '=': write it as training.lr=0.01."
+            ) from error
+    return found

@@ -21,14 +21,15 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from continual.errors import StateError
 
 _TENSOR = "$tensor"
 _FLOAT = "$float"
+_PLAIN = "state"
 _SEAL = "seal.json"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9._+-]+")
 
@@ -82,16 +83,40 @@ def load_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def state_bytes(state: dict[str, Any]) -> bytes:
+    """``state`` as one safetensors file, its plain values in the metadata; the same state gives the same bytes."""
+    tensors: dict[str, Tensor] = {}
+    plain = json.dumps(_flatten(state, tensors), allow_nan=False, separators=(",", ":"))
+    return bytes(save(tensors, {_PLAIN: plain}))
+
+
+def read_state_file(path: Path) -> dict[str, Any]:
+    """What :func:`state_bytes` made, from a file.
+
+    Raises:
+        StateError: it is no such file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state = _unflatten(json.loads((file.metadata() or {})[_PLAIN]), tensors)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        raise StateError(f"'{path}' is damaged ({type(error).__name__}: {error}): restore it from a backup.") from error
+    if not isinstance(state, dict):
+        raise StateError(f"'{path}' is damaged (it holds no state): restore it from a backup.")
+    return state
+
+
 def seal_folder(folder: Path) -> None:
     """Flush every file of ``folder`` and write ``seal.json``: the SHA-256 of each."""
     digests = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != _SEAL:
             digests[path.relative_to(folder).as_posix()] = file_sha256(path)
-            _flush(path)
+            flush(path)
     (folder / _SEAL).write_text(json.dumps(digests, indent=1), encoding="utf-8")
-    _flush(folder / _SEAL)
-    _flush(folder)
+    flush(folder / _SEAL)
+    flush(folder)
 
 
 def check_seal(folder: Path, needed: Collection[str] = ()) -> None:
@@ -138,7 +163,7 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     if folder.exists():
         os.rename(folder, aside)
     os.rename(temporary, folder)
-    _flush(folder.parent)
+    flush(folder.parent)
     for left in _asides(folder, "old", "tmp"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -178,7 +203,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):
@@ -250,7 +275,8 @@ def tensor_bytes(value: Any) -> int:
     return 0
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

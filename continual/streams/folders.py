@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +46,23 @@ def data_folder() -> Path | None:
     return Path(named) if named else None
 
 
+_own: ContextVar[Path | None] = ContextVar("cache", default=None)
+
+
+@contextmanager
+def own_cache(folder: Path) -> Iterator[None]:
+    """Inside, what is cached lies in ``folder`` and nowhere else, so that whoever made it can remove it."""
+    mark = _own.set(folder)
+    try:
+        yield
+    finally:
+        _own.reset(mark)
+
+
 def cache_folder() -> Path:
-    """The folder named by ``CONTINUAL_CACHE``, or ``~/.cache/continual``."""
+    """The folder of :func:`own_cache`, that named by ``CONTINUAL_CACHE``, or ``~/.cache/continual``."""
+    own = _own.get()
+    if own is not None:
+        return own
     named = os.environ.get("CONTINUAL_CACHE")
     return Path(named) if named else Path.home() / ".cache" / "continual"

@@ -101,10 +101,10 @@ class FilesSource(TabularSource):
 
     def _rows(self, place: Place, objective: Objective) -> Rows:
         if self.folders is None:
-            raws = self._parts(self._paths(place, self.path), objective)
+            raws = self.parts(self._paths(place, self.path), objective)
         else:
             each = {
-                str(Path(name)): self._parts(self._paths(place, self._inside(name)), objective) for name in self.folders
+                str(Path(name)): self.parts(self._paths(place, self._inside(name)), objective) for name in self.folders
             }
             present = [part for part in PARTS if any(part in raws for raws in each.values())]
             raws = {
@@ -119,7 +119,8 @@ class FilesSource(TabularSource):
             raise StreamError(f"the folder '{folder}' does not lie below 'path': name it by its place there.")
         return str(Path(self.path or "") / folder)
 
-    def _parts(self, paths: dict[Part, Path], objective: Objective) -> dict[Part, Raw]:
+    def parts(self, paths: dict[Part, Path], objective: Objective) -> dict[Part, Raw]:
+        """Each of these files as a part, with the shares taken from ``train``."""
         raws: dict[Part, Raw] = {}
         for part, path in paths.items():
             raws[part] = self.raw(read_file(path, self.string_columns(objective)), objective, f"'{path}'")

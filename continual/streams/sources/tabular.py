@@ -67,21 +67,32 @@ class TabularSource(Spec):
         notes: tuple[str, ...] = ()
         if self.unlabelled:
             dataset, notes = self._labelled(dataset, objective, where)
-        columns = self._feature_columns(dataset, objective, where)
-        for name in (*columns.values(), *(self.features or ()), self.domain, self.time, self.id):
-            if name is not None and name not in dataset.column_names:
-                header = " The first line of a CSV file names its columns." if where.endswith(".csv'") else ""
-                raise StreamError(f"{where}: there is no column '{name}': {_columns(dataset, name)}{header}")
-        on_disk = self.keep == "disk" or (self.keep == "auto" and dataset.data.nbytes > KEEP_IN_MEMORY)
-        table = self._inputs(dataset, on_disk, where) if self.features else _texts(dataset, columns, on_disk)
+        self._check_there(dataset, [self.domain, self.time, self.id], where)
         return Raw(
-            table,
+            self.inputs(dataset, objective, where),
             self._labels(dataset, objective, where),
             None if self.domain is None else list(dataset[self.domain]),
             None if self.time is None else list(dataset[self.time]),
             None if self.id is None else np.asarray(dataset[self.id]),
             notes,
         )
+
+    def inputs(self, dataset: datasets.Dataset, objective: Objective, where: str) -> Table:
+        """What a model reads of the rows; labels need not be there.
+
+        Raises:
+            StreamError: a column is missing, or there are none to learn from.
+        """
+        columns = self._feature_columns(dataset, objective, where)
+        self._check_there(dataset, [*columns.values(), *(self.features or ())], where)
+        on_disk = self.keep == "disk" or (self.keep == "auto" and dataset.data.nbytes > KEEP_IN_MEMORY)
+        return self._inputs(dataset, on_disk, where) if self.features else _texts(dataset, columns, on_disk)
+
+    def _check_there(self, dataset: datasets.Dataset, names: list[str | None], where: str) -> None:
+        for name in names:
+            if name is not None and name not in dataset.column_names:
+                header = " The first line of a CSV file names its columns." if where.endswith(".csv'") else ""
+                raise StreamError(f"{where}: there is no column '{name}': {_columns(dataset, name)}{header}")
 
     def _labelled(
         self, dataset: datasets.Dataset, objective: Objective, where: str

@@ -1,0 +1,138 @@
+"""Rows leave a store: every version's memory, hold-outs, scores and ledger, and the bytes that lay on the disk.
+
+What a model's weights took from them stays: the result names the versions that were trained on them, and the commands that
+train anew without them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from continual.errors import StateError
+from continual.learner import Learner
+from continual.refresh.folder import Erased, Folder
+from continual.refresh.objects import write_bytes
+from continual.refresh.pieces import split
+from continual.refresh.records import Drift, Piece, Report, record_text
+
+
+@dataclass(frozen=True)
+class Erasure:
+    """What an erasure did.
+
+    Attributes:
+        asked: rows that were named; ``known`` of them were in the store.
+        places: how many rows each place gave up, over all versions.
+        written: versions whose files were written anew, since they held such rows.
+        trained: versions whose weights were trained on such rows.
+        commands: what trains anew without them, from the last version before; empty where no live weights know them.
+        sentence: all of that in words.
+    """
+
+    asked: int
+    known: int
+    places: dict[str, int]
+    written: tuple[int, ...]
+    trained: tuple[int, ...]
+    commands: tuple[str, ...]
+    sentence: str
+
+
+def erase(folder: Folder, rows: Tensor, trust: Sequence[str]) -> Erasure:
+    """Erase rows by their ids, int64 (N,); call it as the only writer.
+
+    Raises:
+        StateError: an update is under way, or the disk is full; the store is as it was.
+    """
+    if (folder.work / "update.json").is_file():
+        raise StateError(
+            f"an update of '{folder.path}' broke off, and its files may hold such rows: give its command again, or add --abandon, "
+            "before you erase."
+        )
+    places: dict[str, int] = {}
+    manifests: dict[int, str] = {}
+    written, trained, known = [], [], torch.empty(0, dtype=torch.int64)
+    for version in folder.numbers():
+        manifest, report = folder.manifest(version), folder.report(version)
+        held, taught = _touched(folder, version, rows)
+        known = torch.unique(torch.cat([known, held]))
+        if len(taught):
+            trained.append(version)
+        parent = manifests.get(manifest.parent or 0, manifest.parent_manifest)
+        if not len(held):
+            if parent != manifest.parent_manifest:
+                manifests[version] = folder.stage(manifest.model_copy(update={"parent_manifest": parent}), report)
+            continue
+        learner = Learner.restore(
+            folder.state(version), f"version {version}", trust=trust, device="cpu", progress=False
+        )
+        for place, count in learner.erase(rows).items():
+            places[place] = places.get(place, 0) + count
+        pieces = {name: piece for name, piece in manifest.pieces.items() if name == "form"}
+        pieces |= {name: folder.objects.put(piece) for name, piece in split(learner.state()).items()}
+        report = _without_names(report)
+        content = record_text(report).encode()
+        pieces["report"] = Piece(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+        changed: dict[str, Any] = {"pieces": pieces, "parent_manifest": parent, "erased": manifest.erased + 1}
+        manifests[version] = folder.stage(manifest.model_copy(update=changed), report)
+        written.append(version)
+    gone = torch.unique(torch.cat([folder.erased(), rows])).tolist()
+    write_bytes(folder.path / "erased.json", record_text(Erased(rows=tuple(gone))).encode())
+    sentence = f"{len(known)} of {len(rows)} rows were erased from {len(written)} versions"
+    if manifests:
+        folder.put_erased(manifests, len(known), sentence)
+    folder.sweep()
+    commands = _commands(folder, trained)
+    more = f"; the weights of {_listed(trained)} were trained on them" if trained else ""
+    return Erasure(len(rows), len(known), places, tuple(written), tuple(trained), commands, f"{sentence}{more}.")
+
+
+def _touched(folder: Folder, version: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of ``rows`` that a version was given, and those that its weights were trained on."""
+    held, taught = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
+    for name in folder.manifest(version).pieces:
+        if name.startswith("ledger/"):
+            entry = folder.piece(version, name)
+            taught.append(entry["trained_ids"])
+            held += [entry["trained_ids"], entry["tested_ids"]]
+    return rows[torch.isin(rows, torch.cat(held))], rows[torch.isin(rows, torch.cat(taught))]
+
+
+def _commands(folder: Folder, trained: list[int]) -> tuple[str, ...]:
+    """How the live line is trained anew from the last version before the rows came in."""
+    line = folder.line(folder.current())
+    hit = [version for version in line if version in trained]
+    if not hit:
+        return ()
+    store = shlex.quote(str(folder.path))
+    before = folder.manifest(hit[0]).parent
+    updates = [
+        f"continual store update {store} {shlex.quote(folder.manifest(version).data.path)} --again"
+        for version in line[line.index(hit[0]) :]
+    ]
+    if before is None:
+        first = f"# version {hit[0]} is the first: make a new store, leave the rows out of its files, and give it the same updates"
+        return (first, *(command.replace(store, "NEW-STORE").removesuffix(" --again") for command in updates))
+    return (f"continual store rollback {store} {before}", *updates)
+
+
+def _without_names(report: Report) -> Report:
+    """Without what its findings quote of single rows."""
+    found = tuple(
+        one.model_copy(update={"names": ()}) if one.kind in ("near-duplicates", "leakage") else one
+        for one in report.drift.found
+    )
+    drift: Drift = report.drift.model_copy(update={"found": found})
+    return report.model_copy(update={"drift": drift})
+
+
+def _listed(versions: Sequence[int]) -> str:
+    head = ", ".join(str(version) for version in versions[:10])
+    return f"version{'s' * (len(versions) > 1)} {head}{' …' * (len(versions) > 10)}"

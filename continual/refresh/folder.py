@@ -1,0 +1,405 @@
+"""The folder of a store: which versions there are, which one is live, and one writer at a time.
+
+``CURRENT`` names the live version and is replaced by a rename; ``versions/0008`` holds a version's manifest and report;
+``staged/0008`` what is about to take its place there. What happens is promised in the journal first and done then, so that
+whoever writes next finishes what a killed process had promised (:meth:`Folder.recover`), and any number of readers see
+the store before it or after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from annotated_types import Ge
+from filelock import FileLock, Timeout
+from pydantic import Field
+from torch import Tensor
+
+from continual.errors import StateError
+from continual.objective import Objective
+from continual.provenance import now
+from continual.refresh.journal import Entry, Journal, live_entry, manifests_of
+from continual.refresh.objects import Objects, write_bytes
+from continual.refresh.pieces import State, join
+from continual.refresh.records import Count, Digest, Manifest, Record, Report, read_record, record_text
+from continual.refresh.rules import Rules
+from continual.state import flush, read_object
+from continual.streams.experience import Scenario
+
+READS = 5
+"""How often a reader looks again where a writer has just put something else in place."""
+
+_Found = TypeVar("_Found")
+
+
+class Columns(Record):
+    """Which column of the rows is what, as for the source ``files``; None takes the usual name."""
+
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+    features: list[str] | None = None
+    label: str | None = None
+    id: str | None = None
+
+
+class Settings(Record):
+    """``store.json``: what a store is, from its first day on.
+
+    Attributes:
+        strategy: as a mapping, and what reports call it.
+        salt: mixed into the hash that makes a row's id a number.
+        base_model_sha256: of the model's weights; None where it begins with random ones.
+    """
+
+    format: Literal[1] = 1
+    created: str
+    model: dict[str, Any]
+    base_model_sha256: Digest | None
+    strategy: dict[str, Any]
+    strategy_name: str
+    seed: Annotated[int, Ge(0)]
+    scenario: Scenario
+    objective: Objective
+    columns: Columns = Field(default_factory=Columns)
+    salt: str
+
+
+class Erased(Record):
+    """``erased.json``: the hashed ids of erased rows."""
+
+    rows: tuple[Count, ...] = ()
+
+
+class Folder:
+    """One store's folder, to read and, inside :meth:`writing`, to write.
+
+    Raises:
+        StateError: it holds no store.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.objects = Objects(self.path / "objects")
+        self.journal = Journal(self.path / "journal.jsonl")
+        self.versions, self.staged, self.work = (self.path / name for name in ("versions", "staged", "work"))
+        for one in (self.objects.folder, self.versions, self.staged, self.work):
+            if one.is_symlink():
+                raise StateError(f"'{one}' is a link: a store holds its own files; do not trust this folder.")
+        if not (self.path / "store.json").is_file():
+            raise StateError(f"'{path}' holds no store: make one with `continual store init`, or name another folder.")
+
+    @cached_property
+    def settings(self) -> Settings:
+        """What the store is."""
+        return read_record(Settings, _read(self.path / "store.json"), f"'{self.path / 'store.json'}'")
+
+    @property
+    def rules(self) -> Rules:
+        """What updates are held to, as the file says now."""
+        return Rules.load(self.path / "rules.yaml")
+
+    # Reading
+
+    def under_way(self) -> str | None:
+        """The rows of an update that has begun and is not done, as they were named; None where there is none."""
+        path = self.work / "update.json"
+        return str(read_object(path, "give the update's command again.").get("path")) if path.is_file() else None
+
+    def current(self) -> int | None:
+        """The live version, None where none is."""
+        path = self.path / "CURRENT"
+        try:
+            text = path.read_text(encoding="ascii").strip()
+            return int(text)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise StateError(
+                f"'{path}' names no version ({error}): `continual store rollback {self.path}` puts it right."
+            ) from error
+
+    def numbers(self) -> list[int]:
+        """Every version there is, rising."""
+        if not self.versions.is_dir():
+            return []
+        return sorted(int(one.name) for one in self.versions.iterdir() if one.name.isdigit() and one.is_dir())
+
+    def manifest(self, version: int) -> Manifest:
+        """What a version is made of, as the journal knows it.
+
+        Raises:
+            StateError: there is no such version, or its manifest is not what was written.
+        """
+        return self._again(lambda: self._manifest(version))
+
+    def report(self, version: int) -> Report:
+        """What is known of a version."""
+
+        def read() -> Report:
+            manifest = self._manifest(version)
+            path = self.place(version) / "report.json"
+            content = _read(path)
+            if hashlib.sha256(content).hexdigest() != manifest.pieces["report"].sha256:
+                raise StateError(f"'{path}' is not what was written (its SHA-256 differs): restore it from a backup.")
+            return read_record(Report, content, f"'{path}'")
+
+        return self._again(read)
+
+    def state(self, version: int) -> State:
+        """The learner's state in a version; every byte is checked.
+
+        Raises:
+            StateError: something is missing or was changed.
+        """
+
+        def read() -> State:
+            pieces = self._manifest(version).pieces
+            return join({name: self.objects.read(piece, f"{name} of version {version}") for name, piece in pieces.items()
+                         if name not in ("report", "form")})  # fmt: skip
+
+        return self._again(read)
+
+    def piece(self, version: int, name: str) -> State:
+        """One piece of a version's state."""
+        return self._again(
+            lambda: self.objects.read(self._manifest(version).pieces[name], f"{name} of version {version}")
+        )
+
+    def digest(self, version: int) -> str:
+        """SHA-256 that the manifest of a version has now."""
+        return manifests_of(self.journal.read())[version]
+
+    def erased(self) -> Tensor:
+        """Ids of the rows that were erased, int64 (N,), so that no later update brings them back."""
+        path = self.path / "erased.json"
+        if not path.is_file():
+            return torch.empty(0, dtype=torch.int64)
+        return torch.tensor(read_record(Erased, _read(path), f"'{path}'").rows, dtype=torch.int64)
+
+    def line(self, version: int | None) -> list[int]:
+        """A version and those that it was trained on from, the first one first."""
+        parents = {entry.version: entry.parent for entry in self.journal.read() if entry.event == "made"}
+        found: list[int] = []
+        while version is not None:
+            found.append(version)
+            parent = parents.get(version)
+            if parent is not None and parent >= version:
+                raise StateError(
+                    f"version {version} comes before its parent {parent}: restore the store from a backup."
+                )
+            version = parent
+        return found[::-1]
+
+    def place(self, version: int) -> Path:
+        """The folder of a version."""
+        return self.versions / f"{version:04d}"
+
+    def _manifest(self, version: int) -> Manifest:
+        path = self.place(version) / "manifest.json"
+        if not path.is_file():
+            there = self.numbers()
+            known = f"there are {there[0]} to {there[-1]}" if there else "there is none yet"
+            raise StateError(f"'{self.path}' has no version {version}: {known}.")
+        content = _read(path)
+        digests = self._digests()
+        if hashlib.sha256(content).hexdigest() not in digests.get(version, ()):
+            raise StateError(
+                f"'{path}' is not what was written (its SHA-256 is not in the journal): restore the store from a backup."
+            )
+        return read_record(Manifest, content, f"'{path}'")
+
+    def _digests(self) -> dict[int, set[str]]:
+        """Version → every SHA-256 that its manifest has had; read again when the journal grew."""
+        stat = self.journal.path.stat() if self.journal.path.exists() else None
+        mark = None if stat is None else (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        if getattr(self, "_known_mark", ()) != mark:
+            found: dict[int, set[str]] = {}
+            for entry in self.journal.read():
+                for version, digest in manifests_of([entry]).items():
+                    found.setdefault(version, set()).add(digest)
+            self._known, self._known_mark = found, mark
+        return self._known
+
+    def _again(self, read: Callable[[], _Found]) -> _Found:
+        for attempt in range(READS):
+            try:
+                return read()
+            except StateError:
+                if attempt == READS - 1 or not self._being_written():
+                    raise
+                time.sleep(0.05 * 2**attempt)
+        raise AssertionError
+
+    def _being_written(self) -> bool:
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except (Timeout, OSError):
+            return True
+        lock.release()
+        return False
+
+    # Writing
+
+    @contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Hold the store as its only writer, after what an earlier one left unfinished was finished.
+
+        Raises:
+            StateError: another process holds it, or the folder cannot be written.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise StateError(
+                f"'{self.path}' is being written by {self._holder()}: wait until it is done; readers may go on."
+            ) from error
+        except OSError as error:
+            raise StateError(
+                f"'{self.path}' cannot be written ({error.strerror or error}): mend its permissions, or copy the store."
+            ) from error
+        try:
+            holder = {"process": os.getpid(), "machine": platform.node(), "what": what, "since": now()}
+            write_bytes(self.path / ".holder", json.dumps(holder).encode())
+            self.recover()
+            yield
+        finally:
+            with suppress(OSError):
+                (self.path / ".holder").unlink(missing_ok=True)
+            lock.release()
+
+    def recover(self) -> None:
+        """Finish what was promised in the journal and remove what was not; call it as the only writer."""
+        self.journal.mend()
+        shutil.rmtree(self.path / "cache", ignore_errors=True)
+        for folder in (self.path, self.versions, self.staged):
+            for left in folder.glob(".*.tmp"):
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        entries = self.journal.read()
+        self._settle(entries)
+        live = live_entry(entries)
+        wanted = None if live is None else live.version
+        try:
+            found = self.current()
+        except StateError:
+            found = -1
+        if wanted is not None and found != wanted:
+            self._point(wanted)
+
+    def stage(self, manifest: Manifest, report: Report) -> str:
+        """Put a version's manifest and report beside its place; returns the manifest's SHA-256, for the journal."""
+        folder = self.staged / f"{manifest.version:04d}"
+        text = record_text(manifest).encode()
+        write_bytes(folder / "report.json", record_text(report).encode())
+        write_bytes(folder / "manifest.json", text)
+        flush(self.staged)
+        return hashlib.sha256(text).hexdigest()
+
+    def add(self, manifest: Manifest, report: Report) -> None:
+        """Add a version, whose pieces lie in ``objects`` already."""
+        digest = self.stage(manifest, report)
+        self.journal.append(
+            "made",
+            version=manifest.version,
+            manifest=digest,
+            parent=manifest.parent,
+            fingerprint=manifest.data.fingerprint,
+            answer=manifest.answer,
+            sentence=manifest.sentence,
+        )
+        self._settle(self.journal.read())
+
+    def go_live(self, version: int, event: Literal["promoted", "rolled back"], sentence: str) -> None:
+        """Make a version the live one."""
+        self.manifest(version)
+        self.journal.append(event, version=version, sentence=sentence)
+        self._point(version)
+
+    def put_erased(self, manifests: dict[int, str], rows: int, sentence: str) -> None:
+        """Put the staged manifests, which the journal then knows by these digests, in the place of the old ones."""
+        named = {str(version): digest for version, digest in manifests.items()}
+        self.journal.append("erased", manifests=named, rows=rows, sentence=sentence)
+        self._settle(self.journal.read())
+
+    def sweep(self) -> int:
+        """Remove every object that no version is made of."""
+        used = {piece.sha256 for version in self.numbers() for piece in self.manifest(version).pieces.values()}
+        return self.objects.sweep(used)
+
+    def _settle(self, entries: list[Entry]) -> None:
+        if not self.staged.is_dir():
+            return
+        wanted = manifests_of(entries)
+        for folder in sorted(self.staged.iterdir()):
+            path = folder / "manifest.json"
+            version = int(folder.name) if folder.name.isdigit() else 0
+            if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == wanted.get(version):
+                place = self.place(version)
+                place.mkdir(parents=True, exist_ok=True)
+                if (folder / "report.json").is_file():
+                    os.replace(folder / "report.json", place / "report.json")
+                os.replace(path, place / "manifest.json")
+                flush(place)
+                flush(self.versions)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _point(self, version: int) -> None:
+        write_bytes(self.path / "CURRENT", f"{version}\n".encode())
+
+    def _holder(self) -> str:
+        try:
+            found = json.loads((self.path / ".holder").read_text(encoding="utf-8"))
+            return f"process {found['process']} on {found['machine']} (`{found['what']}`, since {found['since']})"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another process"
+
+
+def make_folder(path: Path, settings: Settings, rules: str) -> Folder:
+    """Make a store's folder.
+
+    Args:
+        rules: text of ``rules.yaml``.
+
+    Raises:
+        StateError: there is something in it, or it cannot be written.
+    """
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        raise StateError(f"'{path}' is not empty: name a new folder for the store.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StateError(f"'{path}' cannot be made ({error.strerror or error}): name another folder.") from error
+    try:
+        write_bytes(path / "rules.yaml", rules.encode())
+        Journal(path / "journal.jsonl").append("created", sentence=f"continual on Python {sys.version.split()[0]}")
+        write_bytes(path / "store.json", record_text(settings).encode())
+    except BaseException:
+        for name in ("rules.yaml", "journal.jsonl", "store.json"):
+            (path / name).unlink(missing_ok=True)
+        raise
+    return Folder(path)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.is_symlink():
+            raise StateError(f"'{path}' is a link: a store holds its own files; do not trust this folder.")
+        return path.read_bytes()
+    except OSError as error:
+        raise StateError(f"'{path}' cannot be read ({error.strerror or error}): mend that and try again.") from error

@@ -1,0 +1,315 @@
+"""The store: a model that is refreshed again and again, and never loses what it knew without saying so."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from continual.errors import SpecError, StateError
+from continual.learner import Learner
+from continual.learner.trust import check_trusted, wishes
+from continual.models.build import base_on_disk, gives_features
+from continual.models.spec import parse_model_spec
+from continual.objective import Objective
+from continual.provenance import now
+from continual.refresh.card import Card
+from continual.refresh.erasure import Erasure, erase
+from continual.refresh.export import export_model
+from continual.refresh.folder import Columns, Folder, Settings, make_folder
+from continual.refresh.intake import read_rows, row_ids
+from continual.refresh.journal import Entry
+from continual.refresh.page import Event, render_page
+from continual.refresh.records import Manifest, Outcome, Report
+from continual.refresh.rules import Rules
+from continual.refresh.status import Status, compare, status_of
+from continual.refresh.update import Options, Update
+from continual.refresh.verify import verify
+from continual.spec import parse
+from continual.state import write_text
+from continual.strategy import Strategy
+from continual.streams.experience import Scenario
+from continual.streams.folders import own_cache
+
+
+class Store:
+    """A folder of versions of one model, one of which is live.
+
+    Args:
+        path: of a store that :meth:`create` or ``continual store init`` made.
+        trust: references ``package.module:Class`` and folders that the store may use; a folder never decides by itself which
+            code is run.
+
+    Raises:
+        StateError: there is no store, or it asks for something that is not trusted.
+    """
+
+    def __init__(self, path: Path | str, *, trust: Iterable[str] = ()) -> None:
+        self.folder = Folder(Path(path))
+        self.path = self.folder.path
+        self.trust = tuple(trust)
+        settings = self.folder.settings
+        check_trusted(path, wishes([settings.strategy, settings.model]) - set(self.trust))
+
+    @classmethod
+    def create(
+        cls,
+        path: Path | str,
+        *,
+        model: str | Mapping[str, Any] = "mlp",
+        strategy: str | Path | Mapping[str, Any] | Strategy = "rehearsal",
+        rules: Path | str | Mapping[str, Any] | Rules | None = None,
+        scenario: Scenario = "class",
+        objective: Objective = "classification",
+        columns: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> Store:
+        """Make a store; its first version comes with the first :meth:`update`.
+
+        Args:
+            model: as for :class:`~continual.learner.Learner`, but no module object, which a folder cannot name.
+            strategy: a name of the library, a YAML file, or a mapping.
+            rules: a rule file, or what would stand in it; None takes the defaults.
+            columns: which column is what: ``text``, ``label``, ``id``, ``features`` … as for the source ``files``.
+            overrides: dotted key of the strategy → value.
+
+        Raises:
+            SpecError, CompositionError: what was asked for cannot be.
+            StateError: the folder is not empty or cannot be written.
+        """
+        chosen = Strategy.load(strategy, overrides=overrides)
+        if chosen.engine is not None:
+            raise SpecError(
+                f"{chosen.engine.name} cannot be saved, so it cannot be kept in a store: take a strategy of parts."
+            )
+        if chosen.data == "joint":
+            raise SpecError(
+                "data: joint trains once on a whole stream, and a store learns update by update: take 'cumulative'."
+            )
+        spec = parse_model_spec(model)
+        chosen.check(objective=objective, gives_features=gives_features(model, objective), open_stream=True)
+        given = Rules.load(Path(rules)) if isinstance(rules, str | Path) else rules
+        checked = given if isinstance(given, Rules) else parse(Rules, dict(given or {}), "the rules")
+        for changed in checked.ladder.settings:
+            Strategy.load(chosen, overrides=changed)
+        base = base_on_disk(model)
+        settings = Settings(
+            created=now(),
+            model=spec.model_dump(mode="json", by_alias=True, exclude_unset=True),
+            base_model_sha256=base,
+            strategy=chosen.to_dict(),
+            strategy_name=chosen.name,
+            seed=seed,
+            scenario=scenario,
+            objective=objective,
+            columns=parse(Columns, dict(columns or {}), "the columns"),
+            salt=secrets.token_hex(16),
+        )
+        make_folder(Path(path), settings, _rule_text(rules, checked))
+        return cls(path, trust=wishes([settings.strategy, settings.model]))
+
+    # What there is
+
+    @property
+    def live(self) -> int | None:
+        """The live version, None before the first."""
+        return self.folder.current()
+
+    def versions(self) -> list[int]:
+        """Every version, rising."""
+        return self.folder.numbers()
+
+    def manifest(self, version: int | None = None) -> Manifest:
+        """What a version (the live one) is made of and comes from."""
+        return self.folder.manifest(self._version(version))
+
+    def report(self, version: int | None = None) -> Report:
+        """What is known of a version (the live one): scores, the gate's checks, drift, cost."""
+        return self.folder.report(self._version(version))
+
+    def history(self) -> list[Entry]:
+        """What happened, the oldest first."""
+        return self.folder.journal.read()
+
+    def status(self) -> Status:
+        """Where it stands; printed, it says so in words."""
+        return status_of(self.folder)
+
+    def compare(self, one: int, other: int | None = None) -> str:
+        """Two versions (the second is the live one where none is named) side by side, in words."""
+        return compare(self.folder, one, self._version(other))
+
+    def page(self, path: Path | str) -> Path:
+        """Write the retention page: every experience over all versions, verdicts, drift, sizes, cost."""
+        numbers = self.folder.numbers()
+        reports = [(self.folder.manifest(number), self.folder.report(number)) for number in numbers]
+        events = [Event(one.time, one.event, one.version, one.sentence) for one in self.history()]
+        write_text(Path(path), render_page(self.path.name, events, reports, self.folder.current()))
+        return Path(path)
+
+    def export(self, to: Path | str, *, version: int | None = None, max_rank: int | None = None) -> Path:
+        """Write a version (the live one) as a plain Hugging Face folder, which stock transformers and peft load.
+
+        Args:
+            max_rank: refuse an adapter of a higher rank, such as a server's limit.
+
+        Raises:
+            CompositionError: the strategy's model is of a kind that stock libraries cannot be told of.
+            StateError: the folder cannot be written, or holds something else.
+        """
+        number = self._version(version)
+        manifest, report = self.folder.manifest(number), self.folder.report(number)
+        line = [self.folder.manifest(one).data for one in self.folder.line(number)]
+        settings = self.folder.settings
+        card = Card(
+            title=self.path.name,
+            measured=report.measured,
+            score=report.score,
+            judgement=report.judgement,
+            version=number,
+            created=manifest.created,
+            data=line,
+            base_model=str(settings.model.get("name", settings.model["kind"])),
+            base_sha256=manifest.base_model_sha256,
+            strategy=settings.strategy_name,
+            summary=str(settings.strategy.get("summary", "")),
+            source=str(settings.strategy.get("source", "")),
+            versions=dict(manifest.code.get("versions", {})),
+        )
+        return export_model(self.learner(number, device="cpu"), Path(to), card=card, max_rank=max_rank)
+
+    def verify(self) -> list[str]:
+        """What is wrong with the bytes or the chain of the store, in sentences; empty where nothing is."""
+        return verify(self.folder)
+
+    # What is done
+
+    def update(
+        self,
+        data: Any,
+        *,
+        name: str | None = None,
+        device: str = "auto",
+        again: bool = False,
+        abandon: bool = False,
+        new_labels: Sequence[str] = (),
+        progress: bool | None = None,
+        on_note: Callable[[str], None] | None = None,
+    ) -> Outcome:
+        """Learn new rows, measure every earlier experience, and go live where the gate says so.
+
+        Killed anywhere, the same call goes on where it was.
+
+        Args:
+            data: a JSONL, CSV or Parquet file, a folder of ``datasets``; from Python also a ``datasets.Dataset``, a data frame,
+                a mapping of columns or ``(inputs, labels)``.
+            name: of the experience; None takes the file's.
+            again: train anew on rows that were refused before.
+            abandon: give up an update with other rows that broke off.
+            new_labels: labels that are classes of their own although they look like known ones.
+            on_note: told what should be known on the way.
+
+        Raises:
+            ContinualError: rows, rules or a store that cannot be; the store is as it was.
+        """
+        options = Options(name, device, again, abandon, tuple(new_labels), self.trust, progress)
+        notes: list[str] = []
+        with self.folder.writing("update"):
+            outcome = Update(self.folder, data, options, on_note or notes.append)()
+        return outcome
+
+    def promote(self, version: int) -> str:
+        """Make a version live that the gate held back, or an earlier one; returns a sentence."""
+        with self.folder.writing("promote"):
+            manifest = self.folder.manifest(version)
+            if version == self.folder.current():
+                return f"version {version} is live already: nothing was done."
+            self._check_loadable(version)
+            sentence = f"version {version} ('{manifest.experience}', {manifest.answer}) was made live by hand"
+            self.folder.go_live(version, "promoted", sentence)
+            return f"{sentence}."
+
+    def rollback(self, version: int | None = None) -> str:
+        """Make an earlier version live; returns a sentence.
+
+        Args:
+            version: None takes the one that the live version was trained on from.
+        """
+        with self.folder.writing("rollback"):
+            live = self.folder.current()
+            if live is None:
+                raise StateError(f"'{self.path}' has no live version yet: there is nothing to roll back.")
+            target = self.folder.manifest(live).parent if version is None else version
+            if target is None:
+                raise StateError(f"version {live} is the first: there is none before it to roll back to.")
+            if target == live:
+                return f"version {live} is live already: nothing was done."
+            self._check_loadable(target)
+            sentence = f"rolled back from version {live} to {target}"
+            self.folder.go_live(target, "rolled back", sentence)
+            return f"{sentence}; the next update goes on from there."
+
+    def erase(self, ids: Iterable[str | int]) -> Erasure:
+        """Erase rows from every version: memory, hold-outs, scores, ledger, and the bytes on the disk.
+
+        Later updates leave such rows out. What the weights of a model took from them stays; the result says which versions were
+        trained on them, and how to train anew without them.
+
+        Args:
+            ids: values of the rows' ``id`` column.
+
+        Raises:
+            StateError: rows of this store have no ids, or an update is under way; the store is as it was.
+        """
+        settings = self.folder.settings
+        if settings.columns.id is None:
+            raise StateError(
+                f"the rows of '{self.path}' have no id column, so no id names one: hand the rows themselves to erase_rows(), or "
+                "give --rows a file of them."
+            )
+        return self._erase(row_ids([str(one) for one in ids], settings.salt))
+
+    def erase_rows(self, rows: Any) -> Erasure:
+        """As :meth:`erase`, of rows that are given themselves, in any form that :meth:`update` takes."""
+        settings = self.folder.settings
+        return self._erase(read_rows(rows, settings.columns, settings.objective, settings.salt).ids)
+
+    def _erase(self, rows: Tensor) -> Erasure:
+        with self.folder.writing("erase"), own_cache(self.path / "cache"):
+            return erase(self.folder, rows, self.trust)
+
+    def learner(self, version: int | None = None, *, device: str = "auto") -> Learner:
+        """The learner of a version (the live one)."""
+        number = self._version(version)
+        return Learner.restore(
+            self.folder.state(number), f"version {number}", trust=self.trust, device=device, progress=False
+        )
+
+    def predict(self, rows: Any, *, version: int | None = None, device: str = "auto") -> dict[str, Any]:
+        """Predictions of a version (the live one), as :meth:`Learner.predict` gives them."""
+        return self.learner(version, device=device).predict(rows)
+
+    def _version(self, version: int | None) -> int:
+        if version is not None:
+            return version
+        live = self.folder.current()
+        if live is None:
+            raise StateError(f"'{self.path}' has no live version yet: give it rows with `continual store update`.")
+        return live
+
+    def _check_loadable(self, version: int) -> None:
+        for name, piece in self.folder.manifest(version).pieces.items():
+            if name != "report":
+                self.folder.objects.check(piece, f"{name} of version {version}")
+
+
+def _rule_text(rules: Any, checked: Rules) -> str:
+    """What ``rules.yaml`` says: the file as it was given, comments and all, or every rule."""
+    if isinstance(rules, str | Path):
+        return Path(rules).read_text(encoding="utf-8")
+    return yaml.safe_dump(checked.model_dump(mode="json"), sort_keys=False)

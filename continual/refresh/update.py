@@ -1,0 +1,451 @@
+"""One refresh: rows in, a candidate out, the gate's answer, and live or not; killed anywhere, the same command goes on.
+
+What is under way lies in ``work/``: ``update.json`` (the rows' fingerprint, the live version, the rules as they were) and
+the learner's checkpoint. A version is added before the gate's answer is acted on, and tries of the ladder are versions too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from continual.errors import ContinualError, StateError, shown
+from continual.learner import Learner
+from continual.monitor.evaluation import evaluating
+from continual.objective import PRIMARY
+from continual.provenance import commit, now, versions
+from continual.refresh.drift import compare, stopped_by
+from continual.refresh.folder import Folder
+from continual.refresh.intake import Divided, Offered, check_form, check_labels, divide, read_rows, without
+from continual.refresh.judge import judge
+from continual.refresh.measuring import measured_in, seconds_in_turns
+from continual.refresh.objects import write_bytes
+from continual.refresh.pieces import split
+from continual.refresh.records import (
+    Count,
+    Data,
+    Digest,
+    Drift,
+    Manifest,
+    Outcome,
+    Piece,
+    Record,
+    Report,
+    read_record,
+    record_text,
+)
+from continual.refresh.rules import Happened, Rules
+from continual.state import recover_folder
+from continual.strategy import Strategy
+from continual.streams.check import require_experience
+from continual.streams.convert import as_experience
+from continual.streams.experience import Experience
+from continual.streams.folders import own_cache
+from continual.table import Table, concat, to_device
+
+Note = Callable[[str], None]
+
+
+class Request(Record):
+    """``work/update.json``: what the update under way was asked for.
+
+    Attributes:
+        live: the version that it is trained on from.
+        first: the number of the first version that it makes.
+        rules: as they were when it began.
+    """
+
+    fingerprint: Digest
+    path: str
+    experience: str
+    live: Count | None
+    first: Count
+    rules: dict[str, Any]
+    begun: str
+    drift: Drift = Field(default_factory=Drift)
+    drift_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an update is done, as :meth:`~continual.refresh.store.Store.update` says."""
+
+    name: str | None = None
+    device: str = "auto"
+    again: bool = False
+    abandon: bool = False
+    new_labels: Sequence[str] = ()
+    trust: Sequence[str] = ()
+    progress: bool | None = None
+
+
+class Update:
+    """One update of the store in ``folder``; make it and call it as the only writer."""
+
+    def __init__(self, folder: Folder, data: Any, options: Options, note: Note) -> None:
+        self.folder, self.options, self.note = folder, options, note
+        self.settings, self.live = folder.settings, folder.current()
+        self.begun = time.perf_counter()
+        self._notes = self._known_classes = 0
+        self.cache = folder.path / "cache"
+        with own_cache(self.cache):
+            self.offered = read_rows(data, self.settings.columns, self.settings.objective, self.settings.salt)
+        self.strategy = Strategy.load({**self.settings.strategy, "name": self.settings.strategy_name})
+
+    def __call__(self) -> Outcome:
+        """Go through with it, from the start or from where it was killed."""
+        with own_cache(self.cache):
+            try:
+                return self._go()
+            finally:
+                shutil.rmtree(self.cache, ignore_errors=True)
+
+    def _go(self) -> Outcome:
+        request = self._under_way()
+        if request is None:
+            known = None if self.options.again else self._known()
+            if known is not None:
+                return known
+        rules = self.folder.rules if request is None else Rules.model_validate(request.rules)
+        parent = None if self.live is None else self._restored(self.live)
+        offered = self._fresh_rows(parent)
+        limit = test_rows(rules, 0 if parent is None else len(parent.experience_names))
+        name = self._name(parent) if request is None else request.experience
+        early = self.strategy.training.early_stopping is not None
+        divided = divide(offered, rules.holdout, most=limit, valid=early)
+        experience = self._experience(divided, name, parent)
+        if request is None:
+            started = time.perf_counter()
+            drift = self._drift(experience, parent, rules)
+            seconds = time.perf_counter() - started
+            stopped = stopped_by(drift, rules.drift)
+            if stopped is not None:
+                sentence = f"'{name}' was not learnt, since its rows differ from those at hand: {stopped.sentence}"
+                self.folder.journal.append("stopped", sentence=sentence)
+                return self._outcome("stopped", None, name, sentence, drift=drift)
+            request = self._ask(offered, name, rules, drift, seconds)
+        del parent
+        data = Data(
+            path=offered.path,
+            sha256=offered.sha256,
+            fingerprint=self.offered.fingerprint,
+            offered=self.offered.offered,
+            trained=len(divided.train),
+            holdout=_count(divided.holdout),
+            valid=_count(divided.valid),
+            classes=tuple(experience.class_names[self._known_classes :]),
+        )
+        attempts: list[dict[str, Any]] = [{}, *rules.ladder.settings]
+        for attempt, changed in enumerate(attempts):
+            made = self._made(request, attempt)
+            version = self._try(request, rules, experience, offered, data, attempt, changed) if made is None else made
+            manifest = self.folder.manifest(version)
+            goes = manifest.answer == "pass" or (manifest.answer == "cannot tell" and rules.gate.unsure == "promote")
+            late = rules.ladder.minutes is not None and time.perf_counter() - self.begun > 60 * rules.ladder.minutes
+            if goes or late or attempt == len(attempts) - 1:
+                break
+            self.note(f"version {version}: {manifest.sentence} The next try: {shown(attempts[attempt + 1], 200)}.")
+        if goes and self.folder.current() != version:
+            self.folder.go_live(version, "promoted", manifest.sentence)
+        self._done()
+        happened: Happened = "promoted" if goes else "failed" if manifest.answer == "fail" else "cannot tell"
+        return self._outcome(happened, version, name, manifest.sentence, attempts=attempt + 1)
+
+    # Before anything is trained
+
+    def _under_way(self) -> Request | None:
+        """The update that was killed, where there is one and it is this one; what was over is cleared away."""
+        path = self.folder.work / "update.json"
+        if not path.is_file():
+            shutil.rmtree(self.folder.work, ignore_errors=True)
+            return None
+        request = read_record(Request, path.read_bytes(), f"'{path}'")
+        if self.options.abandon:
+            self.folder.journal.append("abandoned", sentence=f"the update with '{request.path}' was given up")
+            self._done()
+            return None
+        tries = [number for number in self.folder.numbers() if number >= request.first]
+        over = len(tries) > len(Rules.model_validate(request.rules).ladder.settings)
+        if self.live in tries or (over and request.fingerprint != self.offered.fingerprint):
+            self._done()
+            return None
+        if request.fingerprint != self.offered.fingerprint or request.live != self.live:
+            what = "with other rows" if request.live == self.live else "and another version is live now"
+            raise StateError(
+                f"the update with '{request.path}' of {request.begun} broke off {what}: give its command again to go on with it, "
+                "or add --abandon to give it up."
+            )
+        self.note(f"goes on with the update with '{request.path}' that broke off")
+        return request
+
+    def _known(self) -> Outcome | None:
+        """What became of the same rows, where they were learnt or refused before."""
+        line = set(self.folder.line(self.live))
+        for entry in reversed(self.folder.journal.read()):
+            if entry.event != "made" or entry.version is None or entry.fingerprint != self.offered.fingerprint:
+                continue
+            if entry.version in line:
+                name = self.folder.manifest(entry.version).experience
+                sentence = f"version {entry.version} learnt these rows already, as '{name}': nothing was done."
+                return self._outcome("known", entry.version, name, sentence)
+            if entry.parent == self.live:
+                name = self.folder.manifest(entry.version).experience
+                sentence = (
+                    f"these rows were offered before, and version {entry.version} is not live ({entry.sentence}): promote it, or "
+                    "add --again to train anew."
+                )
+                return self._outcome(
+                    "failed" if entry.answer == "fail" else "cannot tell", entry.version, name, sentence
+                )
+        return None
+
+    def _fresh_rows(self, parent: Learner | None) -> Offered:
+        """The rows without those that were erased or given before, of the form and with the labels that they should have."""
+        offered = without(self.offered, self.folder.erased(), "were erased from this store")
+        if parent is not None and self.live is not None:
+            entries = parent.ledger.entries
+            used = [ids for entry in entries for ids in (entry.trained_ids, entry.tested_ids)]
+            offered = without(offered, torch.cat(used), "were given in earlier updates")
+            form = self.folder.piece(self.live, "form")
+            check_form(offered, form["form"])
+            known = parent.class_names
+            check_labels(offered, known, self.settings.scenario, self.options.new_labels)
+        return offered
+
+    def _name(self, parent: Learner | None) -> str:
+        given = self.options.name or (Path(self.offered.path).stem if self.offered.path != "rows" else None)
+        name = given or f"update-{0 if parent is None else parent.updates}"
+        if parent is not None and name in parent.experience_names:
+            raise StateError(
+                f"an update called '{name}' was learnt already: give this one a name of its own with --name."
+            )
+        return name
+
+    def _experience(self, divided: Divided, name: str, parent: Learner | None) -> Experience:
+        experience = as_experience(
+            divided.train,
+            index=0 if parent is None else parent.updates,
+            name=name,
+            test=divided.holdout,
+            valid=divided.valid,
+            known_names=() if parent is None else parent.class_names,
+            scenario=self.settings.scenario,
+            objective=self.settings.objective,
+        )
+        require_experience(experience)
+        return experience
+
+    def _drift(self, experience: Experience, parent: Learner | None, rules: Rules) -> Drift:
+        if parent is None or parent.monitor is None:
+            return Drift(new=len(experience.train))
+        holdouts = list(parent.monitor.tables().values())
+        holdout = concat(holdouts) if holdouts else None
+
+        def features(table: Table) -> torch.Tensor:
+            found = []
+            with parent.randomness.framework(), evaluating(parent.model):
+                for start in range(0, len(table), parent.evaluation_rows):
+                    batch = table[torch.arange(start, min(start + parent.evaluation_rows, len(table)))]
+                    output = parent.answer(to_device(batch, parent.device))
+                    given = output.features if output.features is not None else output.logits
+                    found.append(given.float().reshape(len(given), -1).cpu())
+            return torch.cat(found)
+
+        tokenizer: Any = parent.model.tokenizer
+        return compare(
+            parent._encoded(experience.train),
+            holdout,
+            holdout=holdout,
+            features=features,
+            class_names=experience.class_names,
+            known=len(parent.class_names),
+            rules=rules.drift,
+            seed=self.settings.seed,
+            unknown_token=None if tokenizer is None else tokenizer.unk_token_id,
+        )
+
+    def _ask(self, offered: Offered, name: str, rules: Rules, drift: Drift, seconds: float) -> Request:
+        request = Request(
+            fingerprint=self.offered.fingerprint,
+            path=offered.path,
+            experience=name,
+            live=self.live,
+            first=max(self.folder.numbers(), default=0) + 1,
+            rules=rules.model_dump(mode="json"),
+            begun=now(),
+            drift=drift,
+            drift_seconds=seconds,
+        )
+        write_bytes(self.folder.work / "update.json", record_text(request).encode())
+        return request
+
+    # A try
+
+    def _made(self, request: Request, attempt: int) -> int | None:
+        """The version that a try made before the process was killed."""
+        made = [number for number in self.folder.numbers() if number >= request.first]
+        return next((number for number in made if self.folder.manifest(number).attempt == attempt), None)
+
+    def _try(
+        self,
+        request: Request,
+        rules: Rules,
+        experience: Experience,
+        offered: Offered,
+        data: Data,
+        attempt: int,
+        changed: dict[str, Any],
+    ) -> int:
+        """Train, measure, judge, and add the version; returns its number."""
+        strategy = Strategy.load(self.strategy, overrides=changed)
+        learner = self._learner(strategy, attempt, rules)
+        monitor = learner.monitor
+        assert monitor is not None, "a store measures"
+        if learner.updates == experience.index:
+            monitor.thin(test_rows(rules, experience.index))
+            try:
+                learner.update(experience)
+            except StateError:
+                raise
+            except ContinualError:
+                self._done()
+                raise
+        sizes = learner.state_bytes()
+        slower = None if rules.gate.slower is None or self.live is None else self._in_turns(learner)
+        judgement = judge(monitor, rules.gate, new=experience.name, slower=slower, size=sum(sizes.values()))
+        measured = measured_in(monitor)
+        monitor.trim()
+        pieces = split(learner.state()) | {"form": {"form": offered.form}}
+        written = {name: self.folder.objects.put(piece) for name, piece in pieces.items()}
+        clock = {"train_seconds": 0.0, "monitor_seconds": 0.0, "rows_trained": 0}
+        before = clock if self.live is None else self.folder.piece(self.live, "clock")["cost"]
+        spent = {key: float(value - before[key]) for key, value in learner.cost.items()}
+        train, evaluate, drift = spent["train_seconds"], spent["monitor_seconds"], request.drift_seconds
+        elapsed = time.perf_counter() - self.begun
+        number = max(self.folder.numbers(), default=0) + 1
+        report = Report(
+            version=number,
+            experience=experience.name,
+            attempt=attempt,
+            settings=changed,
+            data=data,
+            judgement=judgement,
+            drift=request.drift,
+            measured=measured,
+            score=PRIMARY[learner.objective],
+            notes=(*offered.notes, *learner.notes[self._notes :]),
+            cost={
+                "train": train,
+                "evaluate": evaluate,
+                "drift": drift,
+                "rest": max(elapsed - train - evaluate - drift, 0.0),
+                "rows_trained": spent["rows_trained"],
+            },
+            bytes={
+                **sizes,
+                "test sets and ledger": sum(piece.bytes for piece in written.values()) - sum(sizes.values()),
+            },
+        )
+        content = record_text(report).encode()
+        manifest = Manifest(
+            version=number,
+            parent=self.live,
+            parent_manifest=None if self.live is None else self.folder.digest(self.live),
+            created=now(),
+            experience=experience.name,
+            update=experience.index,
+            attempt=attempt,
+            data=data,
+            model=dict(self.settings.model),
+            base_model_sha256=learner.model.base_sha256,
+            strategy=strategy.name,
+            strategy_fingerprint=strategy.fingerprint(),
+            seed=self.settings.seed,
+            code={"commit": commit(), "versions": versions()},
+            answer=judgement.answer,
+            sentence=judgement.sentence,
+            pieces={**written, "report": Piece(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))},
+        )
+        self.folder.add(manifest, report)
+        return number
+
+    def _learner(self, strategy: Strategy, attempt: int, rules: Rules) -> Learner:
+        """The learner of a try: from its checkpoint, from the live version, or a new one."""
+        place = self.folder.work / f"try-{attempt}"
+        recover_folder(place)
+        options: dict[str, Any] = {
+            "device": self.options.device,
+            "folder": place,
+            "save_every": rules.save_every or None,
+            "progress": self.options.progress,
+        }
+        if place.exists():
+            return Learner.load(place, strategy=strategy, trust=self.options.trust, **options)
+        settings = self.settings
+        if self.live is None:
+            return Learner(
+                settings.model,
+                strategy,
+                seed=settings.seed,
+                objective=settings.objective,
+                scenario=settings.scenario,
+                **options,
+            )
+        return self._restored(self.live, strategy=strategy, resettle=True, **options)
+
+    def _restored(self, version: int, **options: Any) -> Learner:
+        options = {"device": self.options.device, "progress": False, **options}
+        learner = Learner.restore(self.folder.state(version), f"version {version}", trust=self.options.trust, **options)
+        self._notes, self._known_classes = len(learner.notes), len(learner.class_names)
+        return learner
+
+    def _in_turns(self, learner: Learner) -> tuple[float, float]:
+        assert self.live is not None and learner.monitor is not None
+        tables = list(learner.monitor.tables().values())
+        return seconds_in_turns(learner, self._restored(self.live), concat(tables))
+
+    def _done(self) -> None:
+        shutil.rmtree(self.folder.work, ignore_errors=True)
+
+    def _outcome(
+        self, happened: Happened | Literal["known"], version: int | None, name: str, sentence: str, *, attempts: int = 1,
+        drift: Drift | None = None,
+    ) -> Outcome:  # fmt: skip
+        report = None if version is None else self.folder.report(version)
+        scores = (
+            [] if report is None else [one.score for one in report.measured if one.score is not None and not one.probe]
+        )
+        return Outcome(
+            store=str(self.folder.path),
+            happened=happened,
+            version=version,
+            live=self.folder.current(),
+            experience=name,
+            sentence=sentence,
+            score=sum(scores) / len(scores) if scores else None,
+            worst=report.judgement.checks[0] if report is not None and report.judgement.checks else None,
+            found=(report.drift if report is not None else drift or Drift()).found,
+            attempts=attempts,
+            seconds=time.perf_counter() - self.begun,
+            notes=() if report is None else report.notes,
+        )
+
+
+def test_rows(rules: Rules, experiences: int) -> int:
+    """Hold-out rows of one experience where there are so many before: halved until all of them fit."""
+    rows = rules.holdout.rows
+    while rows > 1 and rows * (experiences + 1) > rules.holdout.total:
+        rows = -(-rows // 2)
+    return rows
+
+
+def _count(table: Table | None) -> int:
+    return 0 if table is None else len(table)
