@@ -215,6 +215,11 @@ class Monitor:
         return names.get(self._primary(), "classification")  # type: ignore[return-value]
 
     @property
+    def right_or_wrong(self) -> str:
+        """Name of the score that is 1 for a row that is right and 0 for one that is wrong; a regression records none."""
+        return self._primary() if self.objective == "classification" else "exact match"
+
+    @property
     def measured(self) -> bool:
         """Whether an update was recorded."""
         return self.updates() > 0
@@ -252,7 +257,7 @@ class Monitor:
 
     def negative_flips(self) -> float | None:
         """Share of rows right just after they were learnt and wrong now; None where scores are not right or wrong."""
-        score, pairs = self._right_or_wrong(), []
+        score, pairs = self.right_or_wrong, []
         for index in self._learnt():
             before, after = self._pair(index, score)
             if before is not None and after is not None:
@@ -271,22 +276,33 @@ class Monitor:
         """What max-based forgetting would read on these test sets with nothing forgotten."""
         return self._bootstrap().forgetting_bias
 
+    def scores(self, update: int | None = None) -> dict[str, NDArray[np.float32] | None]:
+        """Primary score of every row of each test set that is learnt, by name; None where it was not measured then.
+
+        Args:
+            update: or None for the last.
+        """
+        last = self.updates() - 1 if update is None else update
+        return {test.name: test.at(last, self._primary()) for test in self._learnt().values()}
+
     def pairs(
-        self, before: int | None = None, after: int | None = None
+        self, before: int | None = None, after: int | None = None, score: str | None = None
     ) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-        """Paired primary scores for :func:`continual.monitor.gate.gate`, by name; probes as ``probe NAME``.
+        """Paired scores for :func:`continual.monitor.gate.gate`, by name; probes as ``probe NAME``.
 
         Args:
             before: an update, or None for the one that learnt each experience (the first score of a probe).
             after: an update, or None for the last.
+            score: or None for the primary one.
         """
+        score = self._primary() if score is None else score
         found = {}
         sets = [(test.name, test, test.first(index)) for index, test in self._learnt().items()]
         sets += [(f"probe {name}", probe, probe.first(INITIAL)) for name, probe in self._probes.items()]
         last = self.updates() - 1 if after is None else after
         for name, one, learnt in sets:
             start = learnt if before is None else before
-            then, now = one.at(start, self._primary()), one.at(last, self._primary())
+            then, now = one.at(start, score), one.at(last, score)
             if then is not None and now is not None and start != last:
                 found[name] = (then, now)
         return found
@@ -423,9 +439,6 @@ class Monitor:
         recorded = (scores for one in self._sets() for scores in one.scores.values())
         return next((next(iter(scores)) for scores in recorded if scores), PRIMARY["classification"])
 
-    def _right_or_wrong(self) -> str:
-        return self._primary() if self.objective == "classification" else "exact match"
-
     def _width(self) -> int:
         return max(self._learnt(), default=-1) + 1
 
@@ -436,7 +449,7 @@ class Monitor:
     def _column(self, index: int, score: str) -> Measured:
         if index not in self._learnt():
             return Measured((), np.empty((0, 0), dtype=np.float32))
-        before, after = self._pair(index, self._right_or_wrong())
+        before, after = self._pair(index, self.right_or_wrong)
         flips_N = None if before is None or after is None else flips(before, after)
         return self._tests[index].measured(score, flips_N)
 
