@@ -410,7 +410,7 @@ class Update:
     def _in_turns(self, learner: Learner) -> tuple[float, float]:
         assert self.live is not None and learner.monitor is not None
         tables = list(learner.monitor.tables().values())
-        return seconds_in_turns(learner, self._restored(self.live), concat(tables))
+        return seconds_in_turns(self._restored(self.live), learner, concat(tables))
 
     def _done(self) -> None:
         shutil.rmtree(self.folder.work, ignore_errors=True)

@@ -1,0 +1,223 @@
+"""A store whose every command is killed at a random moment, beside a twin that was never killed.
+
+Each command (update, rollback, promote, erase) runs in a process of its own, which gets SIGKILL either at a random time or at
+a random durable write (fsync, rename, truncation). After each kill: `verify` finds nothing wrong, the live version loads, no
+version is lost; then the same command is given again and completes, and the live version has the same bytes as the twin's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from continual.learner import Learner
+from continual.learner.trainer import Trainer
+from continual.provenance import commit, hardware, now, versions
+from continual.refresh import Store
+from continual.refresh.folder import Folder
+from continual.refresh.objects import Objects
+
+FEATURES = 8
+RULES = {"gate": {"max_drop": 0.9, "unsure": "promote"}, "holdout": {"share": 0.25}, "save_every": 3}
+STRATEGY = {
+    "replay": {"kind": "rehearsal", "select": "class-balanced", "capacity": 120, "share": 0.5},
+    "training": {"optimizer": "adam", "lr": 0.01, "epochs": 2, "batch_size": 8},
+}
+STAGES = ("begin", "training", "evaluation", "saving", "promoting", "erasing")
+Command = tuple[str, Any]
+
+
+def rows_of(update: int, path: Path) -> Path:
+    """Forty rows of four classes, of which one is new every tenth update."""
+    draw = random.Random(update)
+    newest = 4 + update // 10
+    lines = []
+    for place in range(40):
+        label = newest - 1 - place % 4
+        centre = random.Random(label)
+        values = {f"x{k}": centre.uniform(-2, 2) + draw.gauss(0, 0.6) for k in range(FEATURES)}
+        lines.append(json.dumps({"id": f"{update}-{place}", "label": f"class {label}", **values}))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def plan(updates: int, data: Path) -> list[Command]:
+    """Updates, and among them rollbacks that are promoted again, and erasures."""
+    commands: list[Command] = []
+    for update in range(updates):
+        commands.append(("update", rows_of(update, data / f"{update:04d}.jsonl")))
+        if update % 12 == 7:
+            commands += [("rollback", None), ("promote", -1)]
+        if update % 20 == 15:
+            commands.append(("erase", [f"{u}-{p}" for u in range(update - 2, update) for p in (1, 2, 3)]))
+    return commands
+
+
+def carry_out(place: Path, command: Command) -> None:
+    store = Store(place)
+    what, given = command
+    if what == "update":
+        store.update(given, device="cpu", progress=False)
+    elif what == "rollback":
+        store.rollback(max(store.versions()) - 1)
+    elif what == "promote":
+        store.promote(max(store.versions()))
+    else:
+        store.erase(given)
+
+
+def durable(limit: int | None, count: Any) -> None:
+    """Count the durable writes of this process, and kill it just before number ``limit``."""
+
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            if limit is not None and count.value >= limit:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count.value += 1
+            return original(*given, **named)
+
+        return call
+
+    for name in ("fsync", "replace", "rename", "truncate"):
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def mark_stages(stage: Any) -> None:
+    """Let ``stage`` hold what the process is doing."""
+
+    def marked(owner: Any, name: str, number: int) -> None:
+        original = getattr(owner, name)
+
+        def call(*given: Any, **named: Any) -> Any:
+            before, stage.value = stage.value, number
+            try:
+                return original(*given, **named)
+            finally:
+                stage.value = before
+
+        setattr(owner, name, call)
+
+    import continual.refresh.store as store_module
+
+    marked(Trainer, "fit", STAGES.index("training"))
+    marked(Learner, "_measure", STAGES.index("evaluation"))
+    marked(Learner, "_checkpoint", STAGES.index("saving"))
+    marked(Objects, "put", STAGES.index("saving"))
+    marked(Folder, "add", STAGES.index("saving"))
+    marked(Folder, "go_live", STAGES.index("promoting"))
+    marked(store_module, "erase", STAGES.index("erasing"))
+
+
+def child(place: Path, command: Command, limit: int | None, count: Any, stage: Any) -> None:
+    torch.set_num_threads(1)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    durable(limit, count)
+    mark_stages(stage)
+    carry_out(place, command)
+
+
+def start(place: Path, command: Command, limit: int | None = None) -> tuple[Any, Any, Any]:
+    fork = multiprocessing.get_context("fork")
+    count, stage = fork.Value("i", 0), fork.Value("i", 0)
+    process = fork.Process(target=child, args=(place, command, limit, count, stage))
+    process.start()
+    return process, count, stage
+
+
+def live_bytes(place: Path) -> dict[str, str]:
+    """SHA-256 of every piece of the live version but its times."""
+    store = Store(place)
+    return {n: p.sha256 for n, p in store.manifest().pieces.items() if n not in ("clock", "report")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    draw, stages, modes, begun = random.Random(arguments.seed), Counter(), Counter(), time.perf_counter()
+    wrong: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        (base / "data").mkdir()
+        whole, cut = base / "whole", base / "cut"
+        columns = {"features": [f"x{k}" for k in range(FEATURES)], "label": "label", "id": "id"}
+        Store.create(whole, model={"kind": "mlp", "hidden": [16]}, strategy=STRATEGY, rules=RULES, columns=columns)
+        shutil.copytree(whole, cut)
+        for number, command in enumerate(plan(arguments.updates, base / "data")):
+            started = time.perf_counter()
+            process, count, _ = start(whole, command)
+            process.join()
+            if process.exitcode != 0:
+                raise RuntimeError(f"the twin failed at command {number}: {command}")
+            seconds = time.perf_counter() - started
+            known = Store(cut).versions()
+            mode = draw.choice(("time", "write"))
+            limit = draw.randrange(max(count.value, 1)) if mode == "write" else None
+            process, _, stage = start(cut, command, limit)
+            if mode == "time":
+                time.sleep(draw.uniform(0, seconds))
+                if process.is_alive():
+                    os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            if process.exitcode == -signal.SIGKILL:
+                stages[STAGES[stage.value]] += 1
+                modes[mode] += 1
+            store = Store(cut)
+            found = store.verify()
+            lost = sorted(set(known) - set(store.versions()))
+            if found or lost:
+                wrong.append(f"command {number} {command[0]}: {found} lost {lost}")
+            if store.live is not None:
+                store.learner(device="cpu")
+            if process.exitcode != 0:
+                process, _, _ = start(cut, command)
+                process.join()
+                if process.exitcode != 0:
+                    wrong.append(f"command {number} {command[0]} did not complete when it was given again")
+            if live_bytes(whole) != live_bytes(cut):
+                wrong.append(f"command {number} {command[0]}: the live version differs from the twin's")
+            if wrong:
+                break
+            if number % 20 == 0:
+                print(number, command[0], dict(stages), f"{time.perf_counter() - begun:.0f} s", flush=True)
+        report = {
+            "commands": number + 1,
+            "updates": arguments.updates,
+            "kills": sum(stages.values()),
+            "killed in": dict(stages),
+            "killed by": dict(modes),
+            "versions": len(Store(cut).versions()),
+            "wrong": wrong,
+            "final versions identical": live_bytes(whole) == live_bytes(cut),
+            "seconds": round(time.perf_counter() - begun),
+            "command": f"python reports/reliability/kill.py --updates {arguments.updates} --seed {arguments.seed}",
+            "commit": commit(),
+            "versions of packages": versions(),
+            "hardware": hardware(),
+            "measured": now(),
+        }
+    print(json.dumps(report, indent=1))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if wrong:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
