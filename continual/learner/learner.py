@@ -14,9 +14,9 @@ import torch
 from continual.engine import Engine
 from continual.errors import CompositionError, ModelError, StateError, StreamError, TrainingError, quoted
 from continual.learner.checkpoint import check_same
+from continual.learner.erasing import Erasing
 from continual.learner.optimizer import make_optimizer
 from continual.learner.result import result_of
-from continual.learner.saving import Saving
 from continual.learner.trainer import Progress, Trainer
 from continual.learner.update import Run, Update
 from continual.monitor.evaluation import evaluating, score_tables
@@ -29,7 +29,7 @@ from continual.streams.stream import Stream
 from continual.table import Batch, Table, TensorTable, concat, to_device
 
 
-class Learner(Saving):
+class Learner(Erasing):
     """Keeps one model learning.
 
     Args:
@@ -116,6 +116,13 @@ class Learner(Saving):
             learnt = len(stream) if self.strategy.data == "joint" else begun
             given = stream.fingerprint(learnt) if learnt <= len(stream) else f"{len(stream)} of {learnt} experiences"
             check_same("stream", self.learnt_fingerprint, given)
+        elif begun and self.strategy.data != "joint" and begun <= len(stream):
+            names = stream[begun - 1].class_names
+            if names != self.class_names:
+                raise StateError(
+                    f"the learner knows the classes {quoted(self.class_names)}, and after {begun} experiences this stream has "
+                    f"{quoted(names)}: where all rows of a class were erased, go on with update(), which goes by names."
+                )
         self.stream_name, self.stream_fingerprint = stream.name, stream.fingerprint()
         self.notes.extend(note for note in stream.notes if note not in self.notes)
         run = Run()

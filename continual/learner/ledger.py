@@ -81,6 +81,17 @@ class Ledger:
         tests = [table for table in (experience.test,) if table is not None and len(table)]
         self.entries.append(_Entry(*_known(learnt), *_known(tests)))
 
+    def erase(self, rows: Tensor) -> int:
+        """Forget ids and content of these rows, int64 CPU; returns how many it knew. They may then come again, as new ones."""
+        erased = 0
+        for entry in self.entries:
+            for ids, keys in (("trained_ids", "trained_keys"), ("tested_ids", "tested_keys")):
+                stays_N = ~torch.isin(getattr(entry, ids), rows)
+                erased += int((~stays_N).sum())
+                for name in (ids, keys):
+                    setattr(entry, name, getattr(entry, name)[stays_N])
+        return erased
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors."""
         return {"entries": [dict(vars(entry)) for entry in self.entries]}

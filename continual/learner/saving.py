@@ -244,7 +244,7 @@ class Saving(Core):
                 "step": context.step,
                 "steps": context.steps,
                 "epoch": context.epoch,
-                "name": context.experience.name if context.experience else None,
+                "name": context.experience.name if context.experience else self._pending_name,
             },
             "progress": progress.state_dict() if progress else None,
             "parts": {f"{i}:{part.name}": part.state_dict() for i, part in enumerate(context.parts)},

@@ -35,10 +35,14 @@ from continual.monitor.sets import (
     set_state,
 )
 from continual.objective import PRIMARY, Objective
+from continual.parts.replay.select import row_keys
 from continual.state import tensor_bytes
 from continual.table import Batch, Table
 
 __all__ = ["Monitor", "Retention"]
+
+THINNING = 0
+"""Seed of the hash by which test sets are thinned; another one would keep other rows."""
 
 SETTINGS = ("resamples", "confidence", "batch_size", "tolerance", "seed")
 
@@ -398,24 +402,57 @@ class Monitor:
     def erase(self, rows: Tensor) -> int:
         """Give up these rows of the test sets, with all their scores; returns how many it held.
 
-        Initial scores of test sets that were never registered carry no row ids and are given up whole.
+        All test sets and probes are copied into memory of their own, since they may be views of one table, which still held
+        the rows. Initial scores of test sets that were never registered carry no row ids and are given up whole.
         """
         erased = 0
         self._waiting.clear()
         for test in self._tests.values():
-            keep_N = ~torch.isin(test.rows, rows.cpu())
-            if bool(keep_N.all()):
-                continue
-            erased += int((~keep_N).sum())
-            test.rows = test.rows[keep_N]
-            test.scores = {
-                update: {name: score[keep_N] for name, score in scores.items()}
-                for update, scores in test.scores.items()
-            }
-            if test.table is not None:
-                test.table = test.table.select(keep_N.nonzero().flatten())
-            self._resampled = None
+            stays_N = ~torch.isin(test.rows, rows.to("cpu", torch.int64))
+            erased += int((~stays_N).sum())
+            test.keep(stays_N.nonzero().flatten())
+        for probe in self._probes.values():
+            probe.keep(torch.arange(len(probe.rows)))
+        self._resampled = None
         return erased
+
+    def trim(self) -> None:
+        """Keep two scores of each row, so that what is held does not grow with the updates.
+
+        Of a test set those at the update that learnt it and the last ones stay, of a probe the first and the last; the scores
+        before any update go, but for a probe's. The tree, the gate's pairs and all metrics that compare these two are as
+        before; ``fwt`` is no longer defined, and ``forgetting`` takes the update that learnt an experience for its best. In
+        the matrix, NaN stands for what was given up.
+        """
+        self._waiting.clear()
+        for index, test in self._tests.items():
+            test.trim(index)
+        for probe in self._probes.values():
+            probe.trim(INITIAL)
+        self._resampled = None
+
+    def thin(self, limit: int, least: int = 0) -> int:
+        """Keep ``limit`` rows of every test set that has more, those of smallest hash of their ids; returns how many went.
+
+        It is always the same rows that stay: thinned to 100 and then to 50 is thinned to 50. Their scores stay too.
+
+        Args:
+            limit: rows of a test set, at least 1.
+            least: where ``limit`` is below it, so many stay in its place.
+
+        Raises:
+            StreamError: a number out of its range.
+        """
+        if limit < 1 or least < 0:
+            raise StreamError(f"test sets cannot be thinned to {limit} rows, {least} at least: give at least 1, and 0.")
+        gone = 0
+        for test in self._tests.values():
+            excess = len(test.rows) - max(limit, least)
+            if excess > 0:
+                test.keep(row_keys(test.rows, THINNING).argsort(stable=True)[:-excess].sort().values)
+                gone += excess
+        self._resampled = None
+        return gone
 
     def _keep(self, update: int, found: Sequence[tuple[MeasuredSet | None, str, Scores]]) -> None:
         for target, what, given in found:

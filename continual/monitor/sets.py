@@ -16,6 +16,7 @@ from torch import Tensor
 from continual.errors import StreamError
 from continual.monitor.bootstrap import Measured
 from continual.monitor.metrics import Floats
+from continual.owned import owned
 from continual.streams.convert import as_table
 from continual.table import Table
 
@@ -50,6 +51,21 @@ class MeasuredSet:
         empty = np.empty((0, len(self.rows)), dtype=np.float32)
         rows = [self.scores[update][score].numpy() for update in updates]
         return Measured(updates, np.stack(rows) if rows else empty, flips_N)
+
+    def keep(self, place_K: Tensor) -> None:
+        """Give up all other rows, their scores and their data: nothing of them stays in memory."""
+        self.rows = self.rows[place_K]
+        self.scores = {
+            update: {name: score_N[place_K] for name, score_N in scores.items()}
+            for update, scores in self.scores.items()
+        }
+        if self.table is not None:
+            self.table = owned(self.table, place_K)
+
+    def trim(self, start: int) -> None:
+        """Give up all scores but those at the first update from ``start`` on, and the last ones."""
+        kept = {self.first(start), max(self.scores, default=None)}
+        self.scores = {update: scores for update, scores in self.scores.items() if update in kept}
 
     def first(self, start: int) -> int | None:
         """The first update from ``start`` on at which it was measured."""

@@ -18,7 +18,7 @@ from continual.monitor.monitor import Monitor
 from continual.state import load_state
 from continual.strategy import Strategy
 
-FORMAT = 1
+FORMAT = 2
 NEEDED = {"format", "in", "strategy", "strategy_name", "seed", "objective", "scenario", "names", "parts", "weights"}
 
 

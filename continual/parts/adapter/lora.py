@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
+from torch import Tensor
 
 from continual.parts.adapter.common import Adapters
 from continual.parts.adapter.routing import APART, PROTOTYPES, Router, Routing, check_routing
@@ -137,6 +138,12 @@ class LoRA(Part):
         if self.settles and not self._settled:
             self.adapters.settle()
             self._settled = True
+
+    def rows(self) -> Tensor:
+        return super().rows() if self.router is None else self.router.rows()
+
+    def erase(self, rows: Tensor) -> int:
+        return 0 if self.router is None else self.router.erase(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Names of the adapters in the model, the folds of those that were merged into it, and whether it settled."""

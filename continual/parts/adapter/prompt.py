@@ -74,6 +74,12 @@ class Prompt(Part):
         """No experience is under way."""
         self.adapters.end()
 
+    def rows(self) -> Tensor:
+        return self.adapters.rows()
+
+    def erase(self, rows: Tensor) -> int:
+        return self.adapters.erase(rows)
+
     def state_dict(self) -> dict[str, Any]:
         return self.adapters.state_dict()
 

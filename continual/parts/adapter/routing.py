@@ -4,7 +4,7 @@ A row of the experience that is under way goes to the adapter that trains, known
 task of a row is given: by its label, or by a column ``experience`` where it has none. Every other row goes by what the
 frozen base, without any adapter, makes of it: to the adapter whose prototypes have the nearest one. Prototypes are the
 K-means centres of the features of each experience's rows, as in S-Prompts (Wang et al. 2022, arXiv 2207.12819, sec. 3.3);
-one prototype is the mean of the experience.
+one prototype is the mean of the experience. A centre that one row has for itself is that row, and is given up with it.
 
 The rows of a batch are put together by adapter, one forward pass a group: no hooks, no row by itself. Features of a
 language model are the mean last hidden state over a row's prompt (the tokens that are not counted in its labels), since
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from continual.errors import CompositionError, ModelError
 from continual.models.module import UserModule
 from continual.models.transformer import LanguageModel, pool
+from continual.parts.head.class_sums import NO_ROW
 from continual.parts.part import Context
 from continual.parts.passes import as_at_test
 from continual.streams.experience import Experience
@@ -76,6 +77,7 @@ class Router:
         self.adapters, self.wanted, self.prototypes = adapters, wanted, prototypes
         self.prototypes_PD = torch.empty(0, 0)
         self.place_P = torch.empty(0, dtype=torch.int64)
+        self.lone_P = torch.empty(0, dtype=torch.int64)
         self.experience_T = torch.empty(0, dtype=torch.int64)
         self.owner_K = torch.empty(0, dtype=torch.int64)
         self.current_N = torch.empty(0, dtype=torch.int64)
@@ -94,7 +96,7 @@ class Router:
             self.owner_K = torch.cat([self.owner_K, self.owner_K.new_full((max(more, 0),), -1)])
             self.owner_K[list(experience.classes)] = place
         table = experience.train
-        self.current_N = table.column("row").cpu().sort().values if "row" in table.names else self.current_N[:0]
+        self.current_N = table.column("row").cpu().sort().values if "row" in table.names else _no_ids()
         if self.wanted == "features":
             self._add_prototypes(context, experience, place)
 
@@ -113,8 +115,8 @@ class Router:
             )
 
     def end(self) -> None:
-        """No experience is under way: its rows are looked at like all others."""
-        self.current_N = self.current_N[:0]
+        """No experience is under way: its rows are looked at like all others, and their ids forgotten."""
+        self.current_N = _no_ids()
 
     def __call__(self, backbone: nn.Module, batch: Batch) -> Tensor:
         """What ``backbone`` gives for each row with the adapter of its experience; one sync of the device, or two.
@@ -144,15 +146,19 @@ class Router:
         place_B = self._known(batch)
         unknown_b = (place_B < 0).nonzero().flatten()
         if len(unknown_b):
-            if not len(self.place_P):
+            if self.wanted == "task":
                 raise ModelError(
                     "adapter.routing is 'task' and some rows do not say what task they are of: name it, as in "
                     "predict(rows, experience=0), or set routing to 'features'."
                 )
-            features_bD = self.features(backbone, {name: column[unknown_b] for name, column in batch.items()})
-            nearest_b = torch.cdist(features_bD, self.prototypes_PD).argmin(1)
-            place_B[unknown_b] = self.place_P[nearest_b]
+            place_B[unknown_b] = self._nearest(backbone, {name: column[unknown_b] for name, column in batch.items()})
         return place_B
+
+    def _nearest(self, backbone: nn.Module, batch: Batch) -> Tensor | int:
+        """The place of the adapter with the nearest prototype, int64 (B,); the last one where all prototypes were erased."""
+        if not len(self.place_P):
+            return len(self.adapters.names) - 1
+        return self.place_P[torch.cdist(self.features(backbone, batch), self.prototypes_PD).argmin(1)]
 
     @torch.no_grad()
     def features(self, backbone: nn.Module, batch: Batch) -> Tensor:
@@ -173,10 +179,22 @@ class Router:
                 mask_BT = torch.where(prompt_BT.any(1, keepdim=True), prompt_BT, mask_BT)
             return pool(hidden_BTD, mask_BT, "mean")
 
+    def rows(self) -> Tensor:
+        """Ids of the rows that a prototype consists of, int64 CPU."""
+        return self.lone_P[self.lone_P != NO_ROW].cpu()
+
+    def erase(self, rows: Tensor) -> int:
+        """Give up the prototypes that consist of one of these rows; returns how many there were."""
+        gone_P = torch.isin(self.lone_P, rows.to(self.lone_P.device)) & (self.lone_P != NO_ROW)
+        for name in ("prototypes_PD", "place_P", "lone_P"):
+            setattr(self, name, getattr(self, name)[~gone_P])
+        return int(gone_P.sum())
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "prototypes": self.prototypes_PD,
             "place": self.place_P,
+            "lone": self.lone_P,
             "experience": self.experience_T,
             "owner": self.owner_K,
             "current": self.current_N,
@@ -184,13 +202,14 @@ class Router:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.prototypes_PD, self.place_P = state["prototypes"].clone(), state["place"].clone()
+        self.lone_P = state["lone"].clone()
         self.experience_T, self.owner_K = state["experience"].clone(), state["owner"].clone()
         self.current_N = state["current"].clone()
 
     def _to(self, device: torch.device) -> None:
         """Move what is looked up to the rows' device, once."""
         if self.place_P.device != device or self.experience_T.device != device or self.current_N.device != device:
-            for name in ("prototypes_PD", "place_P", "experience_T", "owner_K", "current_N"):
+            for name in ("prototypes_PD", "place_P", "lone_P", "experience_T", "owner_K", "current_N"):
                 setattr(self, name, getattr(self, name).to(device))
 
     def _known(self, batch: Batch) -> Tensor:
@@ -214,15 +233,16 @@ class Router:
     def _add_prototypes(self, context: Context, experience: Experience, place: int) -> None:
         generator = context.randomness.generator("routing")
         backbone: Any = context.model.backbone
-        found = [
-            self.features(backbone, batch)
-            for batch in context.batches(experience.train, limit=_ROWS, generator=generator)
-        ]
-        centres_pD = _centres(torch.cat(found), self.prototypes, generator)
+        found, ids = [], []
+        for batch in context.batches(experience.train, limit=_ROWS, generator=generator):
+            found.append(self.features(backbone, batch))
+            ids.append(batch["row"] if "row" in batch else _no_ids().new_full((len(found[-1]),), NO_ROW))
+        centres_pD, member_N = _centres(torch.cat(found), self.prototypes, generator)
         self._to(centres_pD.device)
         held_PD = self.prototypes_PD if len(self.prototypes_PD) else centres_pD[:0]
         self.prototypes_PD = torch.cat([held_PD, centres_pD])
         self.place_P = torch.cat([self.place_P, self.place_P.new_full((len(centres_pD),), place)])
+        self.lone_P = torch.cat([self.lone_P, _lone(member_N, torch.cat(ids).to(member_N), len(centres_pD))])
 
 
 def _run(backbone: nn.Module, batch: Batch) -> Tensor:
@@ -230,16 +250,28 @@ def _run(backbone: nn.Module, batch: Batch) -> Tensor:
     return given
 
 
-def _centres(features_ND: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """K-means centres, float32 (count, D) or one for each row where there are fewer rows."""
+def _no_ids() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
+
+
+def _lone(member_N: Tensor, ids_N: Tensor, count: int) -> Tensor:
+    """The id of the only row of each centre, int64 (count,); :data:`NO_ROW` where there are several."""
+    lone_P = ids_N.new_empty(count).index_copy_(0, member_N, ids_N)
+    return torch.where(torch.bincount(member_N, minlength=count) == 1, lone_P, NO_ROW)
+
+
+def _centres(features_ND: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """K-means centres, float32 (count, D) or one for each row where there are fewer rows; and each row's, int64 (N,)."""
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
     seed = int(torch.randint(2**31 - 1, (1,), generator=generator))
     if count == 1:
-        return features_ND.double().mean(0, keepdim=True).float()
+        member_N = torch.zeros(len(features_ND), dtype=torch.int64, device=features_ND.device)
+        return features_ND.double().mean(0, keepdim=True).float(), member_N
     kmeans = KMeans(n_clusters=min(count, len(features_ND)), n_init=4, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         kmeans.fit(features_ND.double().cpu().numpy())
-    return torch.from_numpy(kmeans.cluster_centers_).to(features_ND)
+    member_N = torch.from_numpy(kmeans.labels_).to(features_ND.device, torch.int64)
+    return torch.from_numpy(kmeans.cluster_centers_).to(features_ND), member_N

@@ -104,6 +104,14 @@ class VirtualTokens:
         found: Tensor = self._values[name]
         return found
 
+    def rows(self) -> Tensor:
+        """Ids of the rows that a prototype of the router consists of, int64 CPU."""
+        return torch.empty(0, dtype=torch.int64) if self.router is None else self.router.rows()
+
+    def erase(self, rows: Tensor) -> int:
+        """Give up such prototypes; returns how many there were."""
+        return 0 if self.router is None else self.router.erase(rows)
+
     def state_dict(self) -> dict[str, Any]:
         """Names and shape; the values are saved with the model."""
         return {

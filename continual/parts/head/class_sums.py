@@ -3,7 +3,10 @@
 Sums do not depend on the order of the rows, nor on how they are divided into batches and experiences, but for the last
 bits of float64; and they are as large after a million rows as after one.
 
-Letters: B rows, D features (as they are, or lifted), K classes.
+The sum of a class of one row is that row. So its id is kept beside it, and it can be given up as any stored row can; sums of
+more rows give none of them back, and stay.
+
+Letters: B rows, D features (as they are, or lifted), K classes, L classes of one row.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ from continual.parts.part import Context
 from continual.parts.passes import as_at_test
 from continual.table import Batch, Table
 
+NO_ROW = torch.iinfo(torch.int64).min
+"""Stands where no single row's id is."""
+
 
 class ClassSums:
     """What is added up of the rows of each class.
@@ -29,6 +35,7 @@ class ClassSums:
     Attributes:
         counts_K: rows, int64 (K,).
         sums_KD: sums of the features, float64 (K, D).
+        lone_L2: class and row id of each class of one row whose id was given, int64 (L, 2); up to date after :meth:`close`.
     """
 
     def __init__(self, *, second: bool = False) -> None:
@@ -36,6 +43,8 @@ class ClassSums:
         self.sums_KD = torch.zeros(0, 0, dtype=torch.float64)
         self._packed = torch.zeros(1, 0, dtype=torch.float64) if second else None
         self._open_DD: Tensor | None = None
+        self.lone_L2 = torch.zeros(0, 2, dtype=torch.int64)
+        self._last_K: Tensor | None = None
 
     @property
     def second_DD(self) -> Tensor | None:
@@ -45,9 +54,12 @@ class ClassSums:
         return unpack(self._packed, self.sums_KD.shape[1])
 
     def close(self) -> None:
-        """Keep the second moments in half their bytes until rows are added again."""
+        """Keep the second moments in half their bytes, and ids of single rows alone, until rows are added again."""
         if self._open_DD is not None:
             self._packed, self._open_DD = pack(self._open_DD), None
+        if self._last_K is not None:
+            lone = ((self.counts_K == 1) & (self._last_K != NO_ROW)).nonzero().flatten()
+            self.lone_L2, self._last_K = torch.stack([lone, self._last_K[lone]], 1), None
 
     def grow(self, classes: int, features: int) -> None:
         """Have at least ``classes`` classes, of ``features`` features."""
@@ -61,14 +73,24 @@ class ClassSums:
         if more > 0:
             self.sums_KD = torch.cat([self.sums_KD, self.sums_KD.new_zeros(more, features)])
             self.counts_K = torch.cat([self.counts_K, self.counts_K.new_zeros(more)])
+            if self._last_K is not None:
+                self._last_K = torch.cat([self._last_K, self._last_K.new_full((more,), NO_ROW)])
 
-    def add(self, features_BD: Tensor, labels_B: Tensor) -> None:
+    def add(self, features_BD: Tensor, labels_B: Tensor, rows_B: Tensor | None = None) -> None:
         """Add rows, float64 (B, D), and :meth:`close` after the last; those labelled -100 or beyond the classes count for
-        nothing."""
+        nothing.
+
+        Args:
+            rows_B: their ids, int64; without them, single rows cannot be found again.
+        """
         class_K = torch.arange(len(self.counts_K), device=labels_B.device)
         member_KB = class_K[:, None] == labels_B[None, :]
         self.sums_KD += member_KB.double() @ features_BD
         self.counts_K += member_KB.sum(1)
+        if len(labels_B) and (rows_B is not None or self._last_K is not None or len(self.lone_L2)):
+            known_K = self._open_ids() if self._last_K is None else self._last_K
+            latest_K = NO_ROW if rows_B is None else rows_B[member_KB.int().argmax(1)]
+            self._last_K = torch.where(member_KB.any(1), latest_K, known_K)
         if self._packed is not None:
             if self._open_DD is None:
                 self._open_DD = self.second_DD
@@ -90,6 +112,26 @@ class ClassSums:
         between_DD = self.means_KD().T @ self.sums_KD
         return (second_DD - between_DD) / self.counts_K.sum().clamp(min=1)
 
+    def rows(self) -> Tensor:
+        """Ids of the rows that are the only one of their class, int64 CPU (L,)."""
+        self.close()
+        return self.lone_L2[:, 1].to("cpu", copy=True)
+
+    def erase(self, rows: Tensor) -> int:
+        """Take these rows out again, as far as each is the only one of its class; returns how many there were."""
+        self.close()
+        gone_L = torch.isin(self.lone_L2[:, 1], rows.to(self.lone_L2.device))
+        gone = self.lone_L2[gone_L, 0]
+        if not len(gone):
+            return 0
+        if self._packed is not None:
+            second_DD = self.second_DD
+            assert second_DD is not None
+            self._packed = pack(second_DD - self.sums_KD[gone].T @ self.sums_KD[gone])
+        self.sums_KD[gone], self.counts_K[gone] = 0.0, 0
+        self.lone_L2 = self.lone_L2[~gone_L]
+        return len(gone)
+
     def first(self, classes: int) -> ClassSums:
         """The same sums without the classes from ``classes`` on; nothing is copied."""
         part = ClassSums()
@@ -99,22 +141,30 @@ class ClassSums:
 
     def to(self, device: torch.device) -> None:
         """Move to ``device``."""
+        self.close()
         self.counts_K, self.sums_KD = self.counts_K.to(device), self.sums_KD.to(device)
+        self.lone_L2 = self.lone_L2.to(device)
         if self._packed is not None:
-            self.close()
             self._packed = self._packed.to(device)
 
     def state_dict(self) -> dict[str, Any]:
         """The second moments are packed (:mod:`~continual.parts.head.packed`)."""
         self.close()
-        return {"counts": self.counts_K, "sums": self.sums_KD, "second": self._packed}
+        return {"counts": self.counts_K, "sums": self.sums_KD, "second": self._packed, "lone": self.lone_L2}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self.counts_K.device
         self.counts_K = state["counts"].to(device, torch.int64, copy=True)
         self.sums_KD = state["sums"].to(device, torch.float64, copy=True)
+        self.lone_L2, self._last_K = state["lone"].to(device, torch.int64, copy=True), None
         if self._packed is not None:
             self._packed, self._open_DD = state["second"].to(device, torch.float64, copy=True), None
+
+    def _open_ids(self) -> Tensor:
+        """The id of the only row of each class, int64 (K,); :data:`NO_ROW` where there is none, or others with it."""
+        last_K = torch.full_like(self.counts_K, NO_ROW)
+        last_K[self.lone_L2[:, 0]] = self.lone_L2[:, 1]
+        return last_K
 
 
 def features_model(context: Context, name: str) -> Model:

@@ -88,6 +88,8 @@ class ClassScores(nn.Module):
         """Take over the sums."""
         self.known = sums.counts_K > 0
         solution = self.rule.solve(sums) if bool(self.known.any()) else {}
+        for name in self.solved:
+            delattr(self, name)
         self.solved = tuple(solution)
         for name, tensor in solution.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -186,7 +188,7 @@ class ClosedForm:
 
         def take(features_BD: Tensor, batch: Batch) -> None:
             lifted_BM = lift(features_BD)
-            self.sums.add(lifted_BM, batch["labels"])
+            self.sums.add(lifted_BM, batch["labels"], batch.get("row"))
             if also is not None:
                 also(lifted_BM, batch)
 
@@ -197,6 +199,17 @@ class ClosedForm:
         """Bring the scores up to date with the sums."""
         self._solved = len(self.sums.counts_K)
         self.module.solve(self.sums)
+
+    def rows(self) -> Tensor:
+        """Ids of the rows that are the only one of their class, int64 (L,)."""
+        return self.sums.rows()
+
+    def erase(self, rows: Tensor) -> int:
+        """Take such rows out of the sums, and of the scores; returns how many there were."""
+        erased = self.sums.erase(rows)
+        if erased:
+            self.module.solve(self.sums.first(self._solved))
+        return erased
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from continual.objective import Objective
 from continual.parts.head.closed_form import EXCLUDES, ClosedForm
@@ -41,8 +42,8 @@ class KLDASettings(Spec):
 class KLDAHead(Part):
     """Linear discriminants of random Fourier features, brought up to date at the end of each experience.
 
-    It keeps sums, second moments and counts and no row, so there is none to erase: a row that must leave them too needs
-    them computed anew.
+    It keeps sums, second moments and counts. A class of one row is given up with it; any other row that must leave them
+    too needs them computed anew.
     """
 
     slot: ClassVar[Slot] = "head"
@@ -72,6 +73,12 @@ class KLDAHead(Part):
     def grow_to(self, classes: int, context: Context) -> None:
         """Have at least ``classes`` outputs."""
         self.closed_form.grow_to(classes, context)
+
+    def rows(self) -> Tensor:
+        return self.closed_form.rows()
+
+    def erase(self, rows: Tensor) -> int:
+        return self.closed_form.erase(rows)
 
     def state_dict(self) -> dict[str, Any]:
         return self.closed_form.state_dict()

@@ -71,8 +71,8 @@ class NearestMeans:
 class NearestMeanHead(Part):
     """Class means of the features, brought up to date at the end of each experience in one pass over its rows.
 
-    It keeps sums and counts of classes and no row, so there is none to erase: a row that must leave the means too needs
-    them computed anew.
+    It keeps sums and counts of classes. A class of one row is given up with it; any other row that must leave the means
+    too needs them computed anew.
     """
 
     slot: ClassVar[Slot] = "head"
@@ -102,6 +102,12 @@ class NearestMeanHead(Part):
     def grow_to(self, classes: int, context: Context) -> None:
         """Have at least ``classes`` outputs."""
         self.closed_form.grow_to(classes, context)
+
+    def rows(self) -> Tensor:
+        return self.closed_form.rows()
+
+    def erase(self, rows: Tensor) -> int:
+        return self.closed_form.erase(rows)
 
     def state_dict(self) -> dict[str, Any]:
         return self.closed_form.state_dict()

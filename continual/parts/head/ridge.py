@@ -118,8 +118,8 @@ def choose_strength(sums: ClassSums, held: ClassSums) -> float | None:
 class RidgeHead(Part):
     """Ridge regression on random features, brought up to date at the end of each experience in one pass over its rows.
 
-    It keeps sums, the Gram matrix and counts and no row, so there is none to erase: a row that must leave them too needs
-    them computed anew.
+    It keeps sums, the Gram matrix and counts. A class of one row is given up with it; any other row that must leave them
+    too needs them computed anew.
 
     Attributes:
         strength: λ of the last update, None before the first.
@@ -179,6 +179,12 @@ class RidgeHead(Part):
     def grow_to(self, classes: int, context: Context) -> None:
         """Have at least ``classes`` outputs."""
         self.closed_form.grow_to(classes, context)
+
+    def rows(self) -> Tensor:
+        return self.closed_form.rows()
+
+    def erase(self, rows: Tensor) -> int:
+        return self.closed_form.erase(rows)
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.closed_form.state_dict(), "strength": self.rule.strength}

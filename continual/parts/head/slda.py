@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from continual.objective import Objective
 from continual.parts.head.closed_form import EXCLUDES, ClosedForm
@@ -38,8 +39,8 @@ class SLDASettings(Spec):
 class SLDAHead(Part):
     """Linear discriminants of the features, brought up to date at the end of each experience in one pass over its rows.
 
-    It keeps sums, second moments and counts and no row, so there is none to erase: a row that must leave them too needs
-    them computed anew.
+    It keeps sums, second moments and counts. A class of one row is given up with it; any other row that must leave them
+    too needs them computed anew.
     """
 
     slot: ClassVar[Slot] = "head"
@@ -68,6 +69,12 @@ class SLDAHead(Part):
     def grow_to(self, classes: int, context: Context) -> None:
         """Have at least ``classes`` outputs."""
         self.closed_form.grow_to(classes, context)
+
+    def rows(self) -> Tensor:
+        return self.closed_form.rows()
+
+    def erase(self, rows: Tensor) -> int:
+        return self.closed_form.erase(rows)
 
     def state_dict(self) -> dict[str, Any]:
         return self.closed_form.state_dict()

@@ -48,8 +48,8 @@ class GaussianReplaySettings(Spec):
 class GaussianReplay(Part):
     """Trains the head on features drawn from the Gaussians of earlier classes (see :class:`GaussianReplaySettings`).
 
-    It keeps sums, sums of squares and counts of classes and no row, so there is none to erase: a row that must leave them
-    too needs them computed anew.
+    It keeps sums, sums of squares and counts of classes. A class of one row is given up with it; any other row that must
+    leave them too needs them computed anew.
     """
 
     slot: ClassVar[Slot] = "replay"
@@ -109,9 +109,17 @@ class GaussianReplay(Part):
         sweep(
             context,
             experience.train,
-            lambda features_BD, batch: self.gaussians.add(features_BD, batch["labels"], experience.classes),
+            lambda features_BD, batch: self.gaussians.add(
+                features_BD, batch["labels"], experience.classes, batch.get("row")
+            ),
         )
         self.gaussians.fit()
+
+    def rows(self) -> Tensor:
+        return self.gaussians.sums.rows()
+
+    def erase(self, rows: Tensor) -> int:
+        return self.gaussians.erase(rows)
 
     def state_dict(self) -> dict[str, Any]:
         return self.gaussians.state_dict()

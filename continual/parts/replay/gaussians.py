@@ -17,7 +17,7 @@ Covariance = Literal["diagonal", "shared", "full"]
 
 
 class Gaussians:
-    """Sums of all rows of each class; nothing of a single row is kept.
+    """Sums of all rows of each class; the sum of a class of one row is that row, and can be given up.
 
     Args:
         covariance: ``diagonal``, one variance for each class and feature; ``shared``, one covariance for all classes,
@@ -46,9 +46,11 @@ class Gaussians:
             grown[: len(self.squares)] = self.squares.reshape(-1, *shape)
             self.squares = grown
 
-    def add(self, features_BD: Tensor, labels_B: Tensor, classes: tuple[int, ...]) -> None:
-        """Add rows, float64 (B, D), of ``classes``; those with another label count for nothing."""
-        self.sums.add(features_BD, labels_B)
+    def add(
+        self, features_BD: Tensor, labels_B: Tensor, classes: tuple[int, ...], rows_B: Tensor | None = None
+    ) -> None:
+        """Add rows, float64 (B, D) with ids int64 (B,), of ``classes``; those with another label count for nothing."""
+        self.sums.add(features_BD, labels_B, rows_B)
         if self.squares is None:
             return
         for label in classes:
@@ -77,6 +79,15 @@ class Gaussians:
             for label in self._known_k.tolist():
                 mean_D = mean_KD[label]
                 self._factor[label] = root(self.squares[label] / count_K[label] - torch.outer(mean_D, mean_D))
+
+    def erase(self, rows: Tensor) -> int:
+        """Take out rows that are the only one of their class; returns how many there were."""
+        erased = self.sums.erase(rows)
+        if erased:
+            if self.squares is not None:
+                self.squares[self.sums.counts_K == 0] = 0.0
+            self.fit()
+        return erased
 
     def __len__(self) -> int:
         """Classes that can be drawn."""

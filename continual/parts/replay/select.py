@@ -6,7 +6,8 @@ Kaplan 2007), whatever their order, their batches, the processes they came throu
 saved and loaded in between: equal probability without the counter of Vitter's reservoir (1985).
 
 ``ceiling`` of a group is the smallest key that it has given up: what it holds is, at any time, all its rows below the
-ceiling that were not erased. After an erasure it fills up again as fast as new rows come, none of them favoured.
+ceiling that were not erased. After an erasure it fills up again as fast as new rows come, none of them favoured. Keys and ids
+can be computed from one another.
 
 Whoever offers rows may bring keys of another meaning (age, rank) in place of random ones: the smallest are kept.
 
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NO_CEILING = torch.iinfo(torch.int64).max
+_SMALLEST, _NO_CEILING = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
@@ -171,6 +172,20 @@ class Selection:
         if self.grouped:
             self._groups = _kept(self._groups, places_K)
         self._count = len(places_K)
+
+    def forget(self, rows: Tensor) -> None:
+        """Lower each ceiling that is the random key of one of these rows, so that no id can be computed back from it.
+
+        It comes down to three significant bits above the smallest int64, though never below a row that is held: what is
+        held is still every row below the ceiling, and a quarter of the room for new ones is lost at most.
+        """
+        named_G = torch.isin(self._ceilings_G, row_keys(rows, self.seed))
+        for group in named_G.nonzero().flatten().tolist():
+            above = int(self._ceilings_G[group]) - _SMALLEST
+            spare = max(above.bit_length() - 3, 0)
+            own_n = self.keys_N[self.groups_N == group]
+            least = int(own_n.max()) + 1 if len(own_n) else _SMALLEST + 1
+            self._ceilings_G[group] = max((above >> spare << spare) + _SMALLEST, least)
 
     def nbytes(self) -> int:
         """Bytes held."""

@@ -172,9 +172,12 @@ class Store:
         return self.memory.rows()
 
     def erase(self, rows: Tensor) -> int:
-        """Give up the rows with these ids; returns how many there were."""
-        stays_N = ~torch.isin(self.memory.rows(), rows.to("cpu", torch.int64))
+        """Give up the rows with these ids, and what tells of them; returns how many there were."""
+        rows = rows.to("cpu", torch.int64)
+        stays_N = ~torch.isin(self.memory.rows(), rows)
         self.selection.keep(stays_N.nonzero().flatten())
+        if self.select not in ("ring", "herding"):
+            self.selection.forget(rows)
         return self.memory.erase(rows)
 
     def nbytes(self) -> int:
