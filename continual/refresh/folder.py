@@ -105,7 +105,13 @@ class Folder:
     @cached_property
     def settings(self) -> Settings:
         """What the store is."""
-        return read_record(Settings, _read(self.path / "store.json"), f"'{self.path / 'store.json'}'")
+        path = self.path / "store.json"
+        content, entries = _read(path), self.journal.read()
+        if not entries or entries[0].manifest != hashlib.sha256(content).hexdigest():
+            raise StateError(
+                f"'{path}' is not what was written (its SHA-256 is not the journal's): restore the store from a backup."
+            )
+        return read_record(Settings, content, f"'{path}'")
 
     @property
     def rules(self) -> Rules:
@@ -386,9 +392,14 @@ def make_folder(path: Path, settings: Settings, rules: str) -> Folder:
     except OSError as error:
         raise StateError(f"'{path}' cannot be made ({error.strerror or error}): name another folder.") from error
     try:
+        content = record_text(settings).encode()
         write_bytes(path / "rules.yaml", rules.encode())
-        Journal(path / "journal.jsonl").append("created", sentence=f"continual on Python {sys.version.split()[0]}")
-        write_bytes(path / "store.json", record_text(settings).encode())
+        Journal(path / "journal.jsonl").append(
+            "created",
+            manifest=hashlib.sha256(content).hexdigest(),
+            sentence=f"a store of '{settings.strategy_name}', on Python {sys.version.split()[0]}",
+        )
+        write_bytes(path / "store.json", content)
     except BaseException:
         for name in ("rules.yaml", "journal.jsonl", "store.json"):
             (path / name).unlink(missing_ok=True)

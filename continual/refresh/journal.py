@@ -31,7 +31,7 @@ class Entry(Record):
     Attributes:
         number: from 0.
         version: that it is about, None where it is about none.
-        manifest: SHA-256 of that version's manifest as it is from now on (``made``, ``promoted``, ``rolled back``).
+        manifest: SHA-256 of that version's manifest as it was written (``made``), or of ``store.json`` (``created``).
         parent, fingerprint, answer: of a version that was ``made``: what it was trained on from, its rows, the gate's answer.
         manifests: version → SHA-256 of its manifest from now on, of every version that was written anew (``erased``).
         rows: how many rows it is about (``erased``).

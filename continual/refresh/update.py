@@ -117,7 +117,7 @@ class Update:
         rules = self.folder.rules if request is None else Rules.model_validate(request.rules)
         parent = None if self.live is None else self._restored(self.live)
         offered = self._fresh_rows(parent)
-        limit = test_rows(rules, 0 if parent is None else len(parent.experience_names))
+        limit = holdout_rows(rules, 0 if parent is None else len(parent.experience_names))
         name = self._name(parent) if request is None else request.experience
         early = self.strategy.training.early_stopping is not None
         divided = divide(offered, rules.holdout, most=limit, valid=early)
@@ -310,7 +310,7 @@ class Update:
         monitor = learner.monitor
         assert monitor is not None, "a store measures"
         if learner.updates == experience.index:
-            monitor.thin(test_rows(rules, experience.index))
+            monitor.thin(holdout_rows(rules, experience.index))
             try:
                 learner.update(experience)
             except StateError:
@@ -439,7 +439,7 @@ class Update:
         )
 
 
-def test_rows(rules: Rules, experiences: int) -> int:
+def holdout_rows(rules: Rules, experiences: int) -> int:
     """Hold-out rows of one experience where there are so many before: halved until all of them fit."""
     rows = rules.holdout.rows
     while rows > 1 and rows * (experiences + 1) > rules.holdout.total:

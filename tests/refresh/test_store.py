@@ -1,0 +1,310 @@
+"""A store from its first update on: versions, gate, promotion, rollback, resumption, erasure."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from store_bench import COLUMNS, LOOSE, STRATEGY, bytes_of, grown, month, small_store
+
+from continual import Learner
+from continual.errors import CompositionError, ContinualError, SpecError, StateError, StreamError
+from continual.refresh import Rules, Store
+from continual.refresh.folder import make_folder
+from continual.refresh.intake import read_rows
+from continual.refresh.update import Update, holdout_rows
+
+
+def test_updates_become_versions_and_earlier_classes_are_still_known(tmp_path: Path) -> None:
+    store = small_store(tmp_path)
+    assert store.live is None and store.versions() == []
+    for number in range(3):
+        outcome = store.update(month(tmp_path, number), device="cpu", progress=False)
+        assert (outcome.happened, outcome.version, outcome.live) == ("promoted", number + 1, number + 1)
+    report = store.report()
+    assert [one.name for one in report.measured] == ["month-0", "month-1", "month-2"]
+    assert all(one.score is not None and one.score > 0.6 for one in report.measured)
+    manifest = store.manifest()
+    assert manifest.parent == 2 and manifest.update == 2 and manifest.data.classes == ("class 4", "class 5")
+    assert manifest.data.trained + manifest.data.holdout == 40 and manifest.data.holdout > 0
+    assert store.verify() == []
+    shared = set(store.manifest(1).pieces["tests/0000"].model_dump().values())
+    assert shared == set(manifest.pieces["tests/0000"].model_dump().values()), "an unchanged test set is one file"
+
+
+def test_hold_out_rows_are_never_trained_on_nor_kept_in_memory(tmp_path: Path) -> None:
+    store = grown(tmp_path, 2)
+    learner = store.learner(device="cpu")
+    held = torch.cat([entry.tested_ids for entry in learner.ledger.entries])
+    trained = torch.cat([entry.trained_ids for entry in learner.ledger.entries])
+    assert len(held) and not torch.isin(held, trained).any()
+    memory = next(part for part in learner.parts if part.slot == "replay").rows()
+    assert len(memory) == 40 and not torch.isin(memory, held).any() and torch.isin(memory, trained).all()
+
+
+def test_a_version_is_what_the_learner_would_be_without_a_store(tmp_path: Path) -> None:
+    store = grown(tmp_path, 2)
+    plain = Learner({"kind": "mlp", "hidden": [16]}, STRATEGY, seed=0, device="cpu", progress=False)
+    for number in range(2):
+        offered = read_rows(
+            month(tmp_path, number), store.folder.settings.columns, "classification", store.folder.settings.salt
+        )
+        entry = store.learner(device="cpu").ledger.entries[number]
+        inside = [torch.isin(offered.ids, ids).nonzero().flatten() for ids in (entry.trained_ids, entry.tested_ids)]
+        inputs = offered.raw.table[torch.arange(len(offered.ids))]["inputs"]
+        rows = [
+            {"inputs": inputs[index], "labels": [offered.names[i] for i in index.tolist()], "row": offered.ids[index]}
+            for index in inside
+        ]
+        plain.update(rows[0], test=rows[1], name=f"month-{number}")
+    found, wanted = store.learner(device="cpu").model.saved_tensors(), plain.model.saved_tensors()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_refused_version_stays_and_is_not_live(tmp_path: Path) -> None:
+    naive = {"name": "naive", "training": {"optimizer": "adam", "lr": 0.05, "epochs": 30, "batch_size": 8}}
+    store = small_store(tmp_path, strategy=naive, rules={"gate": {"max_drop": 0.05}, "holdout": {"share": 0.3}})
+    assert store.update(month(tmp_path, 0), device="cpu", progress=False).happened == "promoted"
+    outcome = store.update(month(tmp_path, 1), device="cpu", progress=False)
+    assert (outcome.happened, outcome.version, outcome.live) == ("failed", 2, 1)
+    assert outcome.worst is not None and outcome.worst.name == "month-0" and "month-0" in outcome.sentence
+    assert store.predict(torch.zeros(1, 3))["names"][0] in ("class 0", "class 1")
+    again = store.update(month(tmp_path, 1), device="cpu", progress=False)
+    assert again.happened == "failed" and again.version == 2 and "--again" in again.sentence, "nothing is trained twice"
+    assert store.versions() == [1, 2]
+    assert store.update(month(tmp_path, 1), device="cpu", progress=False, again=True).version == 3
+    assert "made live by hand" in store.promote(2) and store.live == 2
+    assert "version 2 to 1" in store.rollback() and store.live == 1
+    assert [entry.event for entry in store.history()][-2:] == ["promoted", "rolled back"]
+
+
+def test_what_the_rows_cannot_tell_is_held_back_or_let_through_as_the_rules_say(tmp_path: Path) -> None:
+    for unsure, happened, live in (("hold", "cannot tell", 1), ("promote", "promoted", 2)):
+        place = tmp_path / unsure
+        place.mkdir()
+        store = small_store(place, rules={"gate": {"max_drop": 0.02, "unsure": unsure}})
+        store.update(month(place, 0), device="cpu", progress=False)
+        outcome = store.update(month(place, 1), device="cpu", progress=False)
+        assert (outcome.happened, outcome.live) == (happened, live), outcome.sentence
+        assert store.manifest(2).answer == "cannot tell" and outcome.worst is not None and outcome.worst.rows_needed
+
+
+def test_the_ladder_tries_other_settings_until_the_gate_says_yes(tmp_path: Path) -> None:
+    strategy = {
+        **STRATEGY,
+        "replay": {**STRATEGY["replay"], "share": 0.02},
+        "training": {**STRATEGY["training"], "lr": 0.3},
+    }
+    rules = {
+        "gate": {"max_drop": 0.4, "unsure": "promote"},
+        "holdout": {"share": 0.3},
+        "ladder": {"settings": [{"training.lr": 0.31}, {"training.lr": 0.02, "replay.share": 0.5}]},
+    }
+    store = small_store(tmp_path, strategy=strategy, rules=rules)
+    store.update(month(tmp_path, 0), device="cpu", progress=False)
+    notes: list[str] = []
+    outcome = store.update(month(tmp_path, 1), device="cpu", progress=False, on_note=notes.append)
+    made = [store.manifest(version) for version in store.versions()[1:]]
+    assert outcome.happened == "promoted" and outcome.attempts == len(made) == len(notes) + 1 and len(made) >= 2
+    assert [one.attempt for one in made] == list(range(len(made))) and {one.parent for one in made} == {1}
+    assert store.report().settings == rules["ladder"]["settings"][len(made) - 2]
+    assert [one.answer for one in made[:-1]] == ["fail"] * (len(made) - 1)
+
+
+def test_the_same_rows_are_recognised_in_another_file_and_order(tmp_path: Path) -> None:
+    store = grown(tmp_path, 2)
+    lines = month(tmp_path, 1).read_text(encoding="utf-8").splitlines()
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(reversed(lines)), encoding="utf-8")
+    before = bytes_of(store.path)
+    outcome = store.update(other, device="cpu", progress=False)
+    assert outcome.happened == "known" and outcome.version == 2 and "nothing was done" in outcome.sentence
+    assert bytes_of(store.path) == before
+    other.write_text(
+        "\n".join([*lines, *month(tmp_path, 2).read_text(encoding="utf-8").splitlines()]), encoding="utf-8"
+    )
+    outcome = store.update(other, device="cpu", progress=False)
+    assert outcome.happened == "promoted" and any("40 of the 80 rows" in note for note in outcome.notes)
+
+
+@pytest.mark.parametrize("where", ["train", "measure", "version", "journal", "promote", "done"])
+def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def dies(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    rules = {**LOOSE, "save_every": 2}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir(), cut.mkdir()
+    first = grown(whole, 1, rules=rules)
+    shutil.copytree(first.path, cut / "store")
+    second = Store(cut / "store")
+    rows = month(tmp_path, 1)
+    first.update(rows, device="cpu", progress=False)
+    with monkeypatch.context() as patch:
+        if where == "train":
+            saved = Learner._checkpoint
+            calls = []
+
+            def save_then_die(self: Learner, progress: Any) -> None:
+                saved(self, progress)
+                calls.append(1)
+                if len(calls) == 3:
+                    raise Killed
+
+            patch.setattr(Learner, "_checkpoint", save_then_die)
+        else:
+            from continual.refresh import update
+            from continual.refresh.folder import Folder
+
+            owner, name = {
+                "measure": (update, "judge"),
+                "version": (Folder, "stage"),
+                "journal": (Folder, "_settle"),
+                "promote": (Folder, "_point"),
+                "done": (Update, "_done"),
+            }[where]
+            if where == "journal":
+                settle, calls = Folder._settle, []
+
+                def settle_later(self: Folder, entries: Any) -> None:
+                    calls.append(1)
+                    if len(calls) == 2:
+                        raise Killed
+                    settle(self, entries)
+
+                patch.setattr(Folder, "_settle", settle_later)
+            else:
+                patch.setattr(owner, name, dies)
+        with pytest.raises(Killed):
+            second.update(rows, device="cpu", progress=False)
+    assert second.verify() == [] and second.live in (1, 2)
+    outcome = second.update(rows, device="cpu", progress=False)
+    assert outcome.happened in ("promoted", "known") and second.live == 2 and second.verify() == []
+    different = {
+        name
+        for name, piece in first.manifest(2).pieces.items()
+        if second.manifest(2).pieces[name].sha256 != piece.sha256
+    }
+    assert different <= {"clock", "report"}
+    assert not (second.path / "work").exists() and not (second.path / "cache").exists()
+
+
+def test_an_update_that_broke_off_is_not_lost_to_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = grown(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Update, "_try", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.update(month(tmp_path, 1), device="cpu", progress=False)
+    assert "broke off" in str(store.status())
+    with pytest.raises(StateError, match=r"month-1.*broke off with other rows.*--abandon"):
+        store.update(month(tmp_path, 2), device="cpu", progress=False)
+    with pytest.raises(StateError, match="before you erase"):
+        store.erase(["m0-1"])
+    assert store.update(month(tmp_path, 2), device="cpu", progress=False, abandon=True).happened == "promoted"
+    assert "abandoned" in [entry.event for entry in store.history()]
+
+
+def test_hold_outs_fit_their_budget_whatever_the_number_of_experiences(tmp_path: Path) -> None:
+    rules = Rules.model_validate({"holdout": {"rows": 100, "total": 1000}})
+    assert [holdout_rows(rules, before) for before in (0, 9, 10, 19, 20, 5000)] == [100, 100, 50, 50, 25, 1]
+    store = grown(tmp_path, 4, rules={**LOOSE, "holdout": {"share": 0.4, "rows": 16, "total": 24}})
+    assert sum(one.rows for one in store.report().measured) <= 24 and len(store.report().measured) == 4
+
+
+def test_rows_are_erased_from_every_version_and_every_byte(tmp_path: Path) -> None:
+    store = grown(tmp_path, 3)
+    ids = ["m0-1", "m0-2", "m1-5", "m1-6", "m1-7"]
+    before = store.learner(device="cpu").ledger
+    known = torch.cat([torch.cat([entry.trained_ids, entry.tested_ids]) for entry in before.entries])
+    found = store.erase([*ids, "stranger"])
+    assert (found.asked, found.known) == (6, 5)
+    assert (found.trained and "rollback" in found.commands[0]) or "first" in found.commands[0]
+    assert store.verify() == [] and store.history()[-1].event == "erased"
+    from continual.refresh.intake import row_ids
+
+    gone = row_ids(ids, store.folder.settings.salt)
+    assert torch.isin(gone, known).all()
+    for version in store.versions():
+        learner = store.learner(version, device="cpu")
+        kept = torch.cat([torch.cat([entry.trained_ids, entry.tested_ids]) for entry in learner.ledger.entries])
+        assert not torch.isin(gone, kept).any()
+    needles = [int(one).to_bytes(8, "little") for one in gone.tolist()]
+    held = {name: content for name, content in bytes_of(store.path).items() if name != "erased.json"}
+    assert not [name for name, content in held.items() for needle in needles if needle in content]
+    values = torch.tensor(
+        [json.loads(line)[k] for line in month(tmp_path, 0).read_text().splitlines()[1:3] for k in "abc"]
+    )
+    for value in values.to(torch.float32):
+        needle = value.numpy().tobytes()
+        assert not [name for name, content in held.items() if needle in content]
+    with pytest.raises(StreamError, match="nothing new to learn"):
+        store.update(month(tmp_path, 0), device="cpu", progress=False, again=True, name="again")
+    assert "6 rows were erased" in str(store.status())
+    assert store.update(month(tmp_path, 3), device="cpu", progress=False).happened == "promoted"
+
+
+def test_rows_without_ids_are_erased_by_themselves(tmp_path: Path) -> None:
+    columns = {key: value for key, value in COLUMNS.items() if key != "id"}
+    store = grown(tmp_path, 2, columns=columns)
+    with pytest.raises(StateError, match="no id column"):
+        store.erase(["m0-1"])
+    some = tmp_path / "some.jsonl"
+    some.write_text("\n".join(month(tmp_path, 0).read_text(encoding="utf-8").splitlines()[:4]), encoding="utf-8")
+    assert store.erase_rows(some).known == 4 and store.verify() == []
+
+
+def test_a_flipped_bit_is_found_and_named_wherever_it_is(tmp_path: Path) -> None:
+    store = grown(tmp_path, 2)
+    places = [path for path in store.path.rglob("*") if path.is_file() and path.name not in (".lock", "rules.yaml")]
+    assert len(places) > 8
+    for path in places:
+        sound = path.read_bytes()
+        spoilt = bytearray(sound)
+        spoilt[len(spoilt) // 2] ^= 4
+        path.write_bytes(bytes(spoilt))
+        wrong = _fresh(store.path)
+        assert wrong and any(path.name in sentence for sentence in wrong), (path, wrong)
+        path.write_bytes(sound)
+    assert store.verify() == []
+
+
+def _fresh(path: Path) -> list[str]:
+    try:
+        return Store(path).verify()
+    except ContinualError as error:
+        return [str(error)]
+
+
+def test_what_a_store_cannot_be_is_said_before_anything_is_made(tmp_path: Path) -> None:
+    for changes, words in (
+        ({"strategy": "joint"}, "update by update"),
+        ({"rules": {"gate": {"max_dropp": 0.1}}}, "max_dropp"),
+        ({"rules": {"ladder": {"settings": [{"training.lrr": 1}]}}}, "lrr"),
+        ({"columns": {"txt": "text"}}, "txt"),
+    ):
+        with pytest.raises((SpecError, CompositionError), match=words):
+            small_store(tmp_path, **changes)
+        assert not (tmp_path / "store").exists()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "mine.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(StateError, match="not empty"):
+        small_store(tmp_path)
+    assert (tmp_path / "store" / "mine.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_folder_does_not_decide_which_code_is_run(tmp_path: Path) -> None:
+    settings = small_store(tmp_path).folder.settings
+    strategy = {**settings.strategy, "penalty": {"kind": "evil.module:Part"}}
+    make_folder(tmp_path / "stranger", settings.model_copy(update={"strategy": strategy}), "{}\n")
+    with pytest.raises(StateError, match=r"asks to use 'evil.module:Part'"):
+        Store(tmp_path / "stranger")
+    Store(tmp_path / "stranger", trust=["evil.module:Part"])
