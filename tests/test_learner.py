@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from battery import MODEL, learner_for, tiny_stream, weights
+from text_bench import text_stream, tiny_bert
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -21,7 +22,7 @@ from continual.parts.head.linear import LinearHead
 from continual.parts.penalty.ewc import EWC
 from continual.parts.replay.rehearsal import Rehearsal
 from continual.randomness import Randomness
-from continual.state import load_state, save_state
+from continual.state import load_state, save_state, tensor_bytes
 from continual.table import Ragged, TensorTable
 from continual.training import Training
 
@@ -278,3 +279,15 @@ def test_joint_training_keeps_the_tasks_apart_in_the_task_scenario() -> None:
         assert mask_BK.nonzero()[:, 1].unique().tolist() == list(experience.classes)
         found = learner.predict({"inputs": batch["inputs"], "labels": batch["labels"]}, experience=experience.index)
         assert set(found["labels"].tolist()) <= set(experience.classes)
+
+
+@pytest.mark.parametrize("strategy", ["lora", "inc-lora", "adalora", "prompt"])
+def test_no_byte_is_counted_twice(strategy: str, tmp_path: Path) -> None:
+    base = tiny_bert(tmp_path / "base")
+    learner = Learner(
+        {"kind": "pretrained", "name": str(base), "max_length": 16}, strategy, device="cpu", progress=False
+    )
+    learner.run(text_stream(base, tmp_path)[:2])
+    sizes = learner.state_bytes()
+    beside = sum(tensor_bytes(part.state_dict()) for part in learner.parts)
+    assert sum(sizes.values()) - sizes["optimizer"] == tensor_bytes(learner.model.saved_tensors()) + beside

@@ -36,6 +36,8 @@ from continual.streams.text import encode
 from continual.table import Batch, Table
 
 TEXT_COLUMNS = ("text", "prompt", "messages")
+ADAPTED = ("lora_", "virtual_tokens.")
+"""In the names of weights that belong to an adapter part, which counts them itself."""
 
 
 class Core:
@@ -145,9 +147,12 @@ class Core:
         )
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of each part's state, of the weights that are saved, and of the optimiser's state."""
+        """Bytes of each part's state, of the weights that are saved beside them, and of the optimiser's state."""
         found = {part.name: part.nbytes() for part in self.parts}
-        found["weights"] = tensor_bytes(self.model.saved_tensors())
+        weights = self.model.saved_tensors().items()
+        found["weights"] = sum(
+            tensor_bytes(value) for name, value in weights if not any(own in name for own in ADAPTED)
+        )
         if self._engine is not None:
             return {**found, self._engine.name: self._engine.nbytes(), "optimizer": self._engine.optimizer_bytes()}
         optimizer = self.context.optimizer
