@@ -22,7 +22,7 @@ from continual.monitor.monitor import Monitor
 from continual.refresh.bounds import hold_to
 from continual.refresh.records import Check, Judgement
 from continual.refresh.rules import GateRules
-from continual.refresh.sentences import judgement_sentence
+from continual.refresh.reasons import judgement_sentence
 
 Scores = NDArray[np.float32]
 
