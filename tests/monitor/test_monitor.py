@@ -382,3 +382,15 @@ def test_what_it_refuses() -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(StreamError, match="cannot be: give at least 1"):
         Monitor(**settings)  # type: ignore[arg-type]
+
+
+def test_scores_and_pairs_by_name() -> None:
+    monitor = three_updates(100)
+    monitor.register(3, "q4", table(300, 100), ahead=True)
+    assert {name: None if one is None else float(one.sum()) for name, one in monitor.scores(1).items()} == {
+        "q1": 94,
+        "q2": 95,
+        "q3": None,
+    }
+    assert list(monitor.scores()) == ["q1", "q2", "q3"] and monitor.right_or_wrong == ACCURACY
+    assert set(monitor.pairs(before=1, score=ACCURACY)) == {"q1", "q2"} and monitor.pairs(score="exact match") == {}
