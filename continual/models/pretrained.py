@@ -47,7 +47,7 @@ def load_pretrained(spec: PretrainedSpec, objective: Objective) -> Model:
         raise ModelError(f"'layers: {spec.layers}' has no meaning for {objective}: leave it out.")
     folder = resolve(spec.name)
     digest = base_sha256(folder)
-    with _quiet():
+    with quiet():
         transformer, fresh = _load(folder, spec, objective)
         tokenizer = _tokenizer(folder)
     config = transformer.config
@@ -198,7 +198,7 @@ def _max_length(spec: PretrainedSpec, tokenizer: Any, config: Any) -> int:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the load reports and progress bars of transformers; its settings are put back."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_logging

@@ -4,7 +4,7 @@ Every adapter of every task (trained on, stacked or merged, LoRA or AdaLoRA) is 
 them; the folds of one layer are put side by side along the rank, which sums them exactly, or merged in another way
 (:mod:`~continual.parts.adapter.merging`). alpha equals the rank in every layer, so that the scaling is 1 also for a reader
 that knows one global rank only. A layer of rank 0 is no target.
-The head of a Hugging Face classifier, which trains in full, lies beside them as PEFT's ``modules_to_save``.
+The head of a Hugging Face classifier, which trains in full, lies beside them as PEFT's ``modules_to_save``, or is left out.
 
 The folder is written beside its place, flushed and renamed. ``continual.json`` in it names the base model and its
 SHA-256, since PEFT loads an adapter on any base of the same shapes without a word.
@@ -53,6 +53,7 @@ def export_adapter(
     density: float | None = None,
     generator: torch.Generator | None = None,
     only: int | None = None,
+    with_head: bool = True,
 ) -> Path:
     """Write the sum of all adapters as a LoRA folder; returns ``folder``.
 
@@ -65,6 +66,7 @@ def export_adapter(
             and write their relative error against the sum into ``continual.json``.
         density, generator: of the method (:func:`~continual.parts.adapter.merging.merge`).
         only: the one adapter to export, from 0 in order of birth; None for all of them.
+        with_head: write the head of a Hugging Face classifier as ``modules_to_save``, which vLLM refuses.
 
     Raises:
         CompositionError: there is nothing to export, no such adapter, or the exact sum's rank is above ``max_rank``.
@@ -100,7 +102,7 @@ def export_adapter(
     for layer, (A, B) in folds.items():
         tensors[f"base_model.model.{layer}.lora_A.weight"] = A
         tensors[f"base_model.model.{layer}.lora_B.weight"] = B
-    for head, module in task_heads(transformer_of(model)).items():
+    for head, module in task_heads(transformer_of(model)).items() if with_head else ():
         for name, tensor in module.state_dict().items():
             tensors[f"base_model.model.{head}.{name}"] = tensor.detach().cpu().clone()
     record = {
@@ -113,7 +115,7 @@ def export_adapter(
         "merge": method,
         "relative_error": error,
     }
-    return write_folder(Path(folder).resolve(), tensors, lora_config(model, part.adapters, folds), record)
+    return write_folder(Path(folder).resolve(), tensors, lora_config(model, part.adapters, folds, with_head), record)
 
 
 def task_folds(adapters: Adapters) -> list[dict[str, Fold]]:
@@ -127,7 +129,9 @@ def total_folds(adapters: Adapters) -> dict[str, Fold]:
     return _summed(task_folds(adapters))
 
 
-def lora_config(model: nn.Module, adapters: Adapters, folds: dict[str, Fold]) -> dict[str, Any]:
+def lora_config(
+    model: nn.Module, adapters: Adapters, folds: dict[str, Fold], with_head: bool = True
+) -> dict[str, Any]:
     """The content of ``adapter_config.json``: type LORA, each layer's rank and an alpha that equals it."""
     from peft import LoraConfig
 
@@ -135,7 +139,7 @@ def lora_config(model: nn.Module, adapters: Adapters, folds: dict[str, Fold]) ->
     ranks = {name: A.shape[0] for name, (A, _) in folds.items()}
     highest = max(ranks.values())
     pattern = {f"^{re.escape(name)}": rank for name, rank in sorted(ranks.items()) if rank != highest}
-    heads = list(task_heads(transformer))
+    heads = list(task_heads(transformer)) if with_head else []
     modules = [name for name, _ in transformer.named_modules() if not _inside(name, adapters)]
     if getattr(transformer, "pooler", transformer) is None:
         modules.append("pooler.dense")  # left out of ours (models/pretrained.py), there in the base that a reader loads

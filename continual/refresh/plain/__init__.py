@@ -1,0 +1,1 @@
+"""A learner's model in files that stock libraries read."""
