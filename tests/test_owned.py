@@ -105,7 +105,7 @@ def test_the_same_batches_lengths_and_strings(name: str, index: list[int] | None
 
 
 def test_tokens_that_cannot_stay_ragged_are_padded_with_their_mask() -> None:
-    padded = TensorTable({name: column for name, column in tokens()[torch.arange(6)].items()})
+    padded = TensorTable({**tokens()[torch.arange(6)]})
     for table in (Mapped(tokens(), {"input_ids": double}), Concat([tokens(), padded])):
         places = torch.tensor([3, len(table) - 6, 0])
         mine, theirs = owned(table, places)[torch.arange(3)], table[places]

@@ -377,9 +377,11 @@ def test_a_trimmed_monitor_keeps_two_scores_a_row_and_says_the_same() -> None:
     for name, pair in ours.items():
         assert all(np.array_equal(a, b) for a, b in zip(pair, theirs[name], strict=True))
     assert [line.change for line in trimmed.latest().lines] == [line.change for line in whole.latest().lines]
-    assert str(trimmed.latest()) and trimmed.pairs(before=2) .keys() == {"q2"}
+    assert str(trimmed.latest()) and trimmed.pairs(before=2).keys() == {"q2"}
     history = trimmed.probe_history()["safety"]
-    assert history["updates"] == [-1, updates - 1] and history["scores"][0] == whole.probe_history()["safety"]["scores"][0]
+    assert (
+        history["updates"] == [-1, updates - 1] and history["scores"][0] == whole.probe_history()["safety"]["scores"][0]
+    )
 
 
 def test_trimming_keeps_the_last_scores_of_what_was_left_out_since() -> None:
