@@ -303,6 +303,8 @@ class Concat(Table):
             places_b = (owner_B == owner).nonzero().flatten()
             batches.append(self.tables[owner][index_B[places_b] - self._starts[owner]])
             places.append(places_b)
+        if not batches:
+            return self.tables[0][index_B]
         order_B = torch.cat(places).argsort()
         return {name: column[order_B.to(column.device)] for name, column in concat_batches(batches).items()}
 

@@ -13,7 +13,7 @@ import torch
 from battery import ENGINES, STRATEGIES, figures, learner_for, run_with_cuts, same_weights, small, tiny_stream, weights
 
 from continual import Learner
-from continual.state import tensor_bytes
+from continual.state import load_state, save_state, tensor_bytes
 
 CONTINUAL = [name for name in STRATEGIES if "joint" not in name]
 IMPOSSIBLE = {("avalanche-der", "task"), ("avalanche-icarl", "domain")}
@@ -67,6 +67,22 @@ def test_state_round_trip_between_updates(name: str, tmp_path: Path) -> None:
     assert update.retention is not None
     assert len(loaded.monitor.matrix()) == 3  # type: ignore[union-attr]
     np.testing.assert_array_equal(loaded.monitor.matrix(), whole.monitor.matrix())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in ENGINES])
+def test_a_restored_state_is_written_as_the_very_same_bytes(name: str, tmp_path: Path) -> None:
+    learner = learner_for(name)
+    if name in CONTINUAL:
+        learner.update(tiny_stream()[0])
+        learner.update(tiny_stream()[1])
+    else:
+        learner.run(tiny_stream())
+    save_state(tmp_path / "one", learner.state())
+    restored = Learner.restore(load_state(tmp_path / "one"), "one", device="cpu", progress=False)
+    save_state(tmp_path / "other", restored.state())
+    assert len(list((tmp_path / "one").iterdir())) == 3
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes(), path.name
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -16,8 +16,9 @@ from continual.models.output import Output
 from continual.monitor.bootstrap import Resampled, bootstrap
 from continual.monitor.evaluation import evaluating
 from continual.monitor.gate import gate
-from continual.monitor.monitor import Monitor
+from continual.monitor.monitor import THINNING, Monitor
 from continual.monitor.retention import Retention, judge
+from continual.parts.replay.select import row_keys
 from continual.state import load_state, save_state
 from continual.table import TensorTable
 
@@ -319,6 +320,120 @@ def test_erased_rows_are_gone_from_every_score() -> None:
     assert torch.equal(fresh.tables()[0].column("row"), torch.arange(3, 100))
     assert monitor.erase(monitor.rows()) == 296 and monitor.metrics()["accuracy"] is None
     str(monitor.latest())
+
+
+def test_tables_that_were_views_of_one_are_copied_by_an_erasure() -> None:
+    base = TensorTable({"row": torch.arange(30), "inputs": torch.rand(30, 2)})
+    monitor = Monitor({"safety": base.select(torch.arange(20, 25))})
+    monitor.register(0, "q1", base.select(torch.arange(10)))
+    monitor.register(1, "q2", base.select(torch.arange(10, 20)))
+    monitor.record(0, {0: scores(10, 1), 1: scores(10, 2)}, {"safety": scores(5, 1)})
+    assert monitor.erase(torch.tensor([3, 22])) == 1
+    for own, rows in ((monitor.tables()[0], 9), (monitor.tables()[1], 10), (monitor.probes["safety"], 5)):
+        assert isinstance(own, TensorTable) and len(own) == rows
+        assert own.column("inputs").untyped_storage().nbytes() == rows * 2 * 4
+        assert torch.equal(own.column("inputs"), base.column("inputs")[own.column("row")])
+    assert 22 in monitor.probes["safety"].column("row"), "a probe's rows are no rows of the stream"
+
+
+def grown(updates: int, trim: bool, rows: int = 40) -> Monitor:
+    """One experience an update, all measured at each, some scores before any update, a probe."""
+    monitor = Monitor({"safety": table(10**6, rows)}, resamples=100)
+    draws = np.random.default_rng(0)
+
+    def drawn() -> dict[str, Tensor]:
+        return {ACCURACY: torch.from_numpy(draws.integers(0, 2, rows).astype(np.float32))}
+
+    monitor.record_initial({index: drawn() for index in range(updates)}, {"safety": drawn()})
+    for update in range(updates):
+        monitor.register(update, f"q{update}", table(1000 * update, rows))
+        monitor.record(update, {index: drawn() for index in range(update + 1)}, {"safety": drawn()})
+        if trim:
+            monitor.trim()
+    return monitor
+
+
+def test_a_trimmed_monitor_keeps_two_scores_a_row_and_says_the_same() -> None:
+    updates, rows = 6, 40
+    whole, trimmed, once = grown(updates, trim=False), grown(updates, trim=True), grown(updates, trim=False)
+    once.trim()
+    assert str(once.state_dict()) == str(trimmed.state_dict()), "trimmed at every update or once"
+    assert trimmed.nbytes() == rows * (7 * 8 + (2 * 7 - 1) * 4) < whole.nbytes()
+    one, other = whole.matrix(), trimmed.matrix()
+    stays = np.eye(updates, dtype=bool)
+    stays[-1] = True
+    np.testing.assert_array_equal(other[stays], one[stays])
+    assert np.isnan(other[~stays]).all() and trimmed.updates() == updates and trimmed.names() == whole.names()
+    before, after = whole.metrics(), trimmed.metrics()
+    same = ("accuracy", "learning_accuracy", "bwt", "retention", "negative_flips")
+    assert {name: after[name] for name in same} == {name: before[name] for name in same}
+    assert after["fwt"] is None and trimmed.initial() == [None] * updates
+    assert after["forgetting"] == pytest.approx(np.mean(np.diagonal(one)[:-1] - one[-1, :-1]))
+    assert after["forgetting"] < before["forgetting"]  # type: ignore[operator]
+    assert set(trimmed.intervals()) == set(whole.intervals())
+    assert trimmed.last_intervals().shape == (2, updates)
+    ours, theirs = trimmed.pairs(), whole.pairs()
+    assert list(ours) == list(theirs) and len(ours) == updates
+    for name, pair in ours.items():
+        assert all(np.array_equal(a, b) for a, b in zip(pair, theirs[name], strict=True))
+    assert [line.change for line in trimmed.latest().lines] == [line.change for line in whole.latest().lines]
+    assert str(trimmed.latest()) and trimmed.pairs(before=2).keys() == {"q2"}
+    history = trimmed.probe_history()["safety"]
+    assert (
+        history["updates"] == [-1, updates - 1] and history["scores"][0] == whole.probe_history()["safety"]["scores"][0]
+    )
+
+
+def test_trimming_keeps_the_last_scores_of_what_was_left_out_since() -> None:
+    monitor = Monitor(resamples=10)
+    for index in range(2):
+        monitor.register(index, f"q{index}", table(100 * index, 10))
+    monitor.register(5, "later", table(900, 10), ahead=True)
+    monitor.record(0, {0: scores(10, 1), 5: scores(10, 9)})
+    monitor.record(1, {0: scores(10, 2), 1: scores(10, 3), 5: scores(10, 8)})
+    monitor.record(2, {0: scores(10, 4), 5: scores(10, 7)})
+    monitor.record(3, {1: scores(10, 5)})
+    monitor.trim()
+    kept = {name for name in monitor.tensors() if not name.endswith("rows")}
+    assert kept == {f"{key}/{ACCURACY}" for key in ("0/0", "0/2", "1/1", "1/3", "5/2")}
+    assert monitor.updates() == 4 and monitor.latest().lines[0].status == "not measured"
+    Monitor().trim()
+
+
+def test_a_thinned_monitor_keeps_the_rows_of_smallest_hash() -> None:
+    monitor = three_updates(rows=200)
+    monitor.register(3, "short", table(9000, 30))
+    whole = {index: test.clone() for index, test in ((i, t.column("row")) for i, t in monitor.tables().items())}
+    first = monitor.tensors()[f"0/1/{ACCURACY}"]
+    assert monitor.thin(50) == 3 * 150 and monitor.thin(50) == 0
+    for index, rows in whole.items():
+        slow = sorted(rows.tolist(), key=lambda row: int(row_keys(torch.tensor([row]), THINNING)))[:50]
+        kept = monitor.tables()[index].column("row")
+        assert kept.tolist() == sorted(slow), "in the order in which they were"
+        assert torch.equal(monitor.tensors()[f"{index}/rows"], kept)
+    assert torch.equal(monitor.tensors()[f"0/1/{ACCURACY}"], first[monitor.tables()[0].column("row")])
+    own = monitor.tables()[0]
+    assert isinstance(own, TensorTable) and own.column("row").untyped_storage().nbytes() == 50 * 8
+    assert len(monitor.tables()[3]) == 30 and monitor.matrix().shape == (3, 4)
+    other, least = three_updates(rows=200), three_updates(rows=200)
+    other.thin(100)
+    other.thin(50)
+    assert str(other.state_dict()) == str(thinned(three_updates(rows=200), 50).state_dict())
+    least.thin(10, least=50)
+    assert str(least.state_dict()) == str(other.state_dict())
+    assert str(monitor.latest()) and set(monitor.pairs()) == {"q1", "q2"}
+    fresh = Monitor()
+    fresh.load_state_dict(other.state_dict())
+    fresh.register(0, "q1", table(0, 200))
+    assert torch.equal(fresh.tables()[0].column("row"), other.tables()[0].column("row"))
+    for wrong in ((0, 0), (5, -1)):
+        with pytest.raises(StreamError, match="give at least 1, and 0"):
+            monitor.thin(*wrong)
+
+
+def thinned(monitor: Monitor, limit: int) -> Monitor:
+    monitor.thin(limit)
+    return monitor
 
 
 def test_one_pass_measures_everything_and_changes_nothing() -> None:

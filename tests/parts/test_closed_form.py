@@ -152,6 +152,81 @@ def test_memory_does_not_grow_with_the_rows(name: str) -> None:
     assert sizes[0] == sizes[1]
 
 
+def alone(extra: int) -> tuple[TensorTable, TensorTable]:
+    """Rows of the classes 0 and 1, one row of class 2 and ``extra`` more of it; and the same without the one row."""
+    table = all_rows()
+    labels = table.column("labels")
+    two = (labels == 2).nonzero().flatten()
+    kept = torch.cat([((labels == 0) | (labels == 1)).nonzero().flatten()[:60], two[1 : 1 + extra]])
+    return (
+        TensorTable(table.select(torch.cat([kept, two[:1]]))[torch.arange(len(kept) + 1)]),
+        TensorTable(table.select(kept)[torch.arange(len(kept))]),
+    )
+
+
+@pytest.mark.parametrize("cuts", [[61], [30, 31], [60, 1]], ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_a_class_of_one_row_is_given_up_with_it(name: str, cuts: list[int]) -> None:
+    make, settings = HEADS[name]
+    head, never = make(**settings), make(**settings)
+    whole, without = alone(0)
+    training = learn(head, whole, cuts)
+    other = learn(never, without, [60])
+    never.grow_to(3, other)
+    lone = whole.column("row")[-1:]
+    assert head.rows().tolist() == lone.tolist() and not len(never.rows())
+    row = head.closed_form.sums.sums_KD[2].clone()
+    assert head.erase(torch.tensor([1, 2])) == 0 == head.erase(whole.column("row")[:5]), "sums of several rows stay"
+    assert head.erase(torch.cat([lone, torch.tensor([1])])) == 1 and head.erase(lone) == 0 == len(head.rows())
+    sums, wanted = head.closed_form.sums, never.closed_form.sums
+    assert torch.equal(sums.counts_K, wanted.counts_K) and not sums.sums_KD[2].any()
+    torch.testing.assert_close(sums.sums_KD, wanted.sums_KD, rtol=1e-12, atol=1e-12)
+    if sums.second_DD is not None:
+        torch.testing.assert_close(sums.second_DD, wanted.second_DD, rtol=1e-10, atol=1e-10)
+    queries = torch.randn(30, D) * 3
+    found = training.model.head(queries)
+    assert (found[:, 2] == UNKNOWN).all()
+    torch.testing.assert_close(found, other.model.head(queries), rtol=1e-4, atol=1e-4)
+    content = b"".join(
+        one.numpy().tobytes() for one in [*tensors_in(head.state_dict()), *training.model.head.solution().values()]
+    )
+    assert not any(pair.numpy().tobytes() in content for pair in [row[:2], row[:2].float(), lone])
+    assert not torch.equal(row[:2], torch.zeros(2)), "the test can fail"
+    again = make(**settings)
+    again.load_state_dict(head.state_dict())
+    assert torch.equal(again.closed_form.module(queries), found)
+
+
+def test_the_last_row_of_all_may_be_given_up() -> None:
+    for make, settings in HEADS.values():
+        head = make(**settings)
+        training = learn(head, all_rows().select(torch.tensor([1])), [1])
+        assert head.erase(head.rows()) == 1
+        assert (training.model.head(torch.randn(2, D)) == UNKNOWN).all() and not training.model.head.solution()
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_two_rows_of_a_class_are_a_sum(together: bool) -> None:
+    whole, _ = alone(1)
+    head = NearestMeanHead()
+    training = learn(head, whole, [62] if together else [61, 1])
+    assert not len(head.rows()) and head.erase(whole.column("row")) == 0
+    assert int(head.closed_form.sums.counts_K[2]) == 2
+    again = NearestMeanHead()
+    learn(again, whole, [61])
+    first = again.rows()
+    assert len(first) == 1
+    again.closed_form.sums.add(torch.randn(1, D, dtype=torch.float64), torch.tensor([2]))
+    assert not len(again.rows()), "a second row without an id makes a sum too"
+    assert training.model.head is head.closed_form.module
+
+
+def tensors_in(state: Any) -> list[torch.Tensor]:
+    if isinstance(state, dict):
+        return [tensor for value in state.values() for tensor in tensors_in(value)]
+    return [state] if isinstance(state, torch.Tensor) else []
+
+
 @pytest.mark.parametrize("attached", [True, False])
 @pytest.mark.parametrize("name", [*HEADS, "held-out"])
 def test_round_trip_of_the_state_to_the_bit(name: str, attached: bool) -> None:

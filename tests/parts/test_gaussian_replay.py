@@ -153,6 +153,32 @@ def test_round_trip_of_the_state_to_the_bit_and_bytes(covariance: Any) -> None:
     assert part.rows().numel() == 0
 
 
+@pytest.mark.parametrize("covariance", COVARIANCES)
+def test_a_class_of_one_row_is_given_up_with_it(covariance: Any) -> None:
+    part, never = GaussianReplay(covariance=covariance), GaussianReplay(covariance=covariance)
+    training, other = loop(part), loop(never)
+    labels = torch.tensor([2, -100])
+    single = TensorTable({"inputs": torch.rand(2, D) + 1, "labels": labels, "row": torch.tensor([77, 78])})
+    for each in (training, other):
+        each.begin(experience(0, (0, 1)))
+        each.end()
+    training.begin(Experience(1, "single", single, classes=(2,)))
+    training.end()
+    row = part.gaussians.sums.sums_KD[2].clone()
+    assert part.rows().tolist() == [77] and len(part.gaussians) == 3 and row.any()
+    assert part.erase(torch.tensor([78, 5])) == 0 and part.erase(torch.tensor([77])) == 1
+    assert not len(part.rows()) and len(part.gaussians) == 2
+    never.gaussians.grow(3, D)
+    never.gaussians.fit()
+    for name in ("_mean_KD", "_factor"):
+        torch.testing.assert_close(getattr(part.gaussians, name), getattr(never.gaussians, name), rtol=1e-4, atol=1e-4)
+    state = part.state_dict()
+    held = [part.gaussians._mean_KD, part.gaussians._factor, *(v for v in state.values() if v is not None)]
+    content = b"".join(one.numpy().tobytes() for one in held)
+    searched = [row[:2], row[:2].float(), row[:1], row[:1].square(), torch.tensor([77])]
+    assert not any(one.numpy().tobytes() in content for one in searched)
+
+
 @pytest.mark.parametrize(
     ("one", "other"), [({}, {"covariance": "full"}), ({}, {"covariance": "shared"}), ({}, {"share": 0.2})]
 )

@@ -402,6 +402,44 @@ def test_after_an_erasure_no_row_is_favoured_and_none_comes_back(grouped: bool, 
     assert kept.rows == reference(everything, groups, 3, 20, quota)
 
 
+@pytest.mark.parametrize(("grouped", "quota"), [(False, None), (True, None), (True, 10)])
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_ceiling_tells_no_id_of_an_erased_row(grouped: bool, quota: int | None, empty: bool) -> None:
+    """It may be the key of a row that was given up long ago, and keys are ids in another order."""
+    kept = Kept(3, 20, grouped=grouped, quota=quota)
+    rows = torch.arange(200)
+    kept.offer(rows, rows % 2 if grouped else None)
+    selection = kept.selection
+    before = selection._ceilings_G.clone()
+    named = rows[torch.isin(row_keys(rows, 3), before)]
+    assert len(named) == (2 if grouped else 1) and not set(named.tolist()) & kept.rows
+    selection.forget(torch.tensor([row for row in range(200) if row not in kept.rows and row not in named]))
+    assert torch.equal(selection._ceilings_G, before), "that of another row stays"
+    if empty:
+        selection.keep(rows[:0])
+        kept.places = kept.places[:0]
+    erased = set(named.tolist())
+    selection.forget(named)
+    after = selection._ceilings_G
+    assert not torch.isin(row_keys(rows, 3), after).any() and (after < before).all()
+    for ceiling, old in zip(after.tolist(), before.tolist(), strict=True):
+        least = -(2**63)
+        assert ceiling - least > 0.75 * (old - least) - 1, "little room is lost"
+        if empty:
+            assert (ceiling - least).bit_length() - 3 <= ((ceiling - least) & -(ceiling - least)).bit_length() - 1
+    offer = [row for row in range(2000) if row not in erased]
+    held = kept.rows
+    ids = torch.tensor(offer[:198])
+    kept.offer(ids, ids % 2 if grouped else None)
+    assert kept.rows == held or empty, "what is held is every row below the ceiling"
+    ids = torch.tensor(offer)
+    kept.offer(ids, ids % 2 if grouped else None)
+    if not empty:
+        groups = [row % 2 if grouped else 0 for row in offer]
+        assert kept.rows == reference(offer, groups, 3, 20, quota)
+    assert not kept.rows & erased
+
+
 def test_trimmed_to_fewer_places() -> None:
     kept = Kept(3, 20, grouped=True)
     rows = torch.arange(200)

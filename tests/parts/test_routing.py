@@ -21,6 +21,7 @@ from continual.parts.adapter.export import total_folds
 from continual.parts.adapter.lora import LoRA
 from continual.parts.adapter.routing import Router
 from continual.parts.context import TrainingContext
+from continual.parts.head.class_sums import NO_ROW
 from continual.parts.penalty.l2 import L2
 from continual.table import Batch
 
@@ -164,6 +165,49 @@ def test_prototypes_are_centres_of_their_rows() -> None:
         torch.testing.assert_close(own[centre], features[nearest == centre].mean(0), rtol=1e-4, atol=1e-5)
     few = trained("bert", prototypes=40)
     assert len(router_of(few).prototypes_PD) == 16 * TASKS
+
+
+def test_a_prototype_of_one_row_is_given_up_with_it() -> None:
+    several = trained("bert", prototypes=9)
+    router, part = router_of(several), several.part
+    features = slow_features(model_of("bert").eval(), batch_of("bert", 0))
+    nearest = torch.cdist(features, router.prototypes_PD[:9]).argmin(1)
+    sizes = torch.bincount(nearest, minlength=9)
+    ids = experience_of("bert", 0).train.column("row")
+    expected = [int(ids[nearest == centre][0]) if sizes[centre] == 1 else NO_ROW for centre in range(9)]
+    assert router.lone_P[:9].tolist() == expected and 0 < expected.count(NO_ROW) < 9
+
+    few = trained("bert", prototypes=40)
+    router, part = router_of(few), few.part
+    router.lone_P += 1000 * router.place_P  # every task of the bench counts its rows from 0
+    all_ids = torch.cat([experience_of("bert", task).train.column("row") + 1000 * task for task in range(TASKS)])
+    assert sorted(part.rows().tolist()) == sorted(all_ids.tolist()) and NO_ROW not in part.rows()
+    first = experience_of("bert", 0).train
+    whose = {int(row): place for place, row in enumerate(first.column("row"))}
+    gone = torch.tensor(sorted(whose))[:15]
+    before = router.prototypes_PD.clone()
+    assert part.erase(torch.cat([gone, torch.tensor([-5])])) == 15 and part.erase(gone) == 0
+    left = (set(whose) - set(gone.tolist())).pop()
+    assert len(router.prototypes_PD) == 16 * TASKS - 15 and router.place_P.tolist().count(0) == 1
+    torch.testing.assert_close(router.prototypes_PD[:1], features[whose[left]][None], rtol=1e-4, atol=1e-5)
+    state = b"".join(one.numpy().tobytes() for one in router.state_dict().values())
+    found = [vector[:2].numpy().tobytes() in state for vector in before[:16]]
+    assert found == [torch.equal(vector, router.prototypes_PD[0]) for vector in before[:16]] and sum(found) == 1
+    again = Router(part.adapters, "features", 40)
+    again.load_state_dict(router.state_dict())
+    assert again.rows().tolist() == part.rows().tolist()
+
+    few.model.eval()
+    batch = {name: column for name, column in mixed("bert").items() if name != "row"}
+    part.erase(torch.tensor([left]))
+    assert 0 not in router.choose(few.model.backbone, batch).tolist()
+    part.erase(all_ids)
+    assert router.choose(few.model.backbone, batch).tolist() == [TASKS - 1] * len(batch["labels"])
+
+
+def test_ids_of_rows_under_way_are_not_kept() -> None:
+    router = router_of(trained("bert"))
+    assert router.current_N.untyped_storage().nbytes() == 0
 
 
 def test_an_answer_does_not_decide_where_a_language_models_row_goes() -> None:

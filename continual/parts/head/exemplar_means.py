@@ -116,10 +116,8 @@ class ExemplarMeansHead(Part):
 
     def erase(self, rows: Tensor) -> int:
         """Take the means over the other rows; returns 0, for the rows are another part's."""
-        rows = rows.to("cpu", torch.int64)
-        stores = [part.store for part in self.context.parts if isinstance(part, KeepsRows)]
-        if len(self.module.means) and any(bool(torch.isin(store.rows(), rows).any()) for store in stores):
-            self.module.means = self._means(self.context, rows)
+        if len(self.module.means):
+            self.module.means = self._means(self.context, rows.to("cpu", torch.int64))
         return 0
 
     def state_dict(self) -> dict[str, Any]:
