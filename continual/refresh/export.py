@@ -101,7 +101,9 @@ def _check_free(folder: Path) -> None:
     recover_folder(folder)
     check_replaceable(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
-        raise StateError(f"'{folder}' holds something that is no export of a model: name a new folder, or an empty one.")
+        raise StateError(
+            f"'{folder}' holds something that is no export of a model: name a new folder, or an empty one."
+        )
 
 
 def _check_learner(learner: Learner) -> None:

@@ -20,9 +20,9 @@ from continual.monitor.gate import Answer, gate
 from continual.monitor.metrics import Floats, defined
 from continual.monitor.monitor import Monitor
 from continual.refresh.bounds import hold_to
+from continual.refresh.reasons import judgement_sentence
 from continual.refresh.records import Check, Judgement
 from continual.refresh.rules import GateRules
-from continual.refresh.reasons import judgement_sentence
 
 Scores = NDArray[np.float32]
 

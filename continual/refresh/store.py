@@ -17,6 +17,7 @@ from continual.models.build import base_on_disk, gives_features
 from continual.models.spec import parse_model_spec
 from continual.objective import Objective
 from continual.provenance import now
+from continual.refresh.alerts import tell
 from continual.refresh.card import Card
 from continual.refresh.erasure import Erasure, erase
 from continual.refresh.export import export_model
@@ -179,7 +180,7 @@ class Store:
             strategy=settings.strategy_name,
             summary=str(settings.strategy.get("summary", "")),
             source=str(settings.strategy.get("source", "")),
-            versions=dict(manifest.code.get("versions", {})),
+            code=dict(manifest.code.get("versions", {})),
         )
         return export_model(self.learner(number, device="cpu"), Path(to), card=card, max_rank=max_rank)
 
@@ -221,7 +222,10 @@ class Store:
         notes: list[str] = []
         with self.folder.writing("update"):
             outcome = Update(self.folder, data, options, on_note or notes.append)()
-        return outcome
+            rules = self.folder.rules.alerts
+        live = None if outcome.live is None else (self.manifest(outcome.live), self.report(outcome.live))
+        deaf = tell(outcome, rules, self.path, live)
+        return outcome.model_copy(update={"notes": (*outcome.notes, *deaf)})
 
     def promote(self, version: int) -> str:
         """Make a version live that the gate held back, or an earlier one; returns a sentence."""

@@ -21,6 +21,7 @@ from continual.errors import ContinualError, StateError, shown
 from continual.learner import Learner
 from continual.monitor.evaluation import evaluating
 from continual.objective import PRIMARY
+from continual.parts.replay.store import KeepsRows
 from continual.provenance import commit, now, versions
 from continual.refresh.drift import compare, stopped_by
 from continual.refresh.folder import Folder
@@ -43,13 +44,16 @@ from continual.refresh.records import (
     record_text,
 )
 from continual.refresh.rules import Happened, Rules
+from continual.refresh.wording import word_pieces
 from continual.state import recover_folder
 from continual.strategy import Strategy
 from continual.streams.check import require_experience
 from continual.streams.convert import as_experience
 from continual.streams.experience import Experience
 from continual.streams.folders import own_cache
-from continual.table import Table, concat, to_device
+from continual.table import Table, TensorTable, concat, to_device
+
+COLUMNS = ("input_ids", "attention_mask", "inputs", "labels", "row")
 
 Note = Callable[[str], None]
 
@@ -254,22 +258,23 @@ class Update:
             with parent.randomness.framework(), evaluating(parent.model):
                 for start in range(0, len(table), parent.evaluation_rows):
                     batch = table[torch.arange(start, min(start + parent.evaluation_rows, len(table)))]
-                    output = parent.answer(to_device(batch, parent.device))
-                    given = output.features if output.features is not None else output.logits
-                    found.append(given.float().reshape(len(given), -1).cpu())
+                    found.append(parent.model.backbone(to_device(batch, parent.device)).float().cpu())
             return torch.cat(found)
 
         tokenizer: Any = parent.model.tokenizer
         return compare(
             parent._encoded(experience.train),
-            holdout,
+            _memory(parent),
             holdout=holdout,
-            features=features,
+            features=features if parent.model.gives_features else None,
             class_names=experience.class_names,
             known=len(parent.class_names),
             rules=rules.drift,
             seed=self.settings.seed,
+            objective=self.settings.objective,
+            scenario=self.settings.scenario,
             unknown_token=None if tokenizer is None else tokenizer.unk_token_id,
+            pieces=None if tokenizer is None else word_pieces(tokenizer),
         )
 
     def _ask(self, offered: Offered, name: str, rules: Rules, drift: Drift, seconds: float) -> Request:
@@ -445,6 +450,16 @@ def holdout_rows(rules: Rules, experiences: int) -> int:
     while rows > 1 and rows * (experiences + 1) > rules.holdout.total:
         rows = -(-rows // 2)
     return rows
+
+
+def _memory(learner: Learner) -> Table | None:
+    """The rows that replay parts keep, without what they keep beside them; None where they keep none."""
+    memories = [part.store.memory for part in learner.parts if isinstance(part, KeepsRows) and len(part.store.memory)]
+    tables: list[Table] = []
+    for memory in memories:
+        rows = memory.batch(torch.arange(len(memory)))
+        tables.append(TensorTable({name: rows[name].cpu() for name in rows if name in COLUMNS}))
+    return concat(tables) if tables else None
 
 
 def _count(table: Table | None) -> int:

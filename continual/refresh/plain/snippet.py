@@ -148,11 +148,9 @@ def _loading(told: Mapping[str, Any], text: bool, head: bool, own_head: bool) ->
 
 def _own_module(told: Mapping[str, Any]) -> str:
     if told["arguments"] is None:
-        made = f'model = your_model()  # a {told["module"]}.{told["class"]}, made as it was made for training\n'
+        made = f"model = your_model()  # a {told['module']}.{told['class']}, made as it was made for training\n"
     else:
-        made = (
-            'model = getattr(importlib.import_module(told["module"]), told["class"])(**told["arguments"])  # your own code\n'
-        )
+        made = 'model = getattr(importlib.import_module(told["module"]), told["class"])(**told["arguments"])  # your own code\n'
     return f'{made}model.load_state_dict(load_file(folder / "model.safetensors"))\nmodel.eval()\n'
 
 
@@ -168,7 +166,9 @@ def _stock_model(told: Mapping[str, Any], own_head: bool) -> str:
     if told.get("encoder"):
         lines.append("model = model.get_encoder()")
     if own_head:
-        lines.append('missing, unexpected = model.load_state_dict(load_file(folder / "head.safetensors"), strict=False)')
+        lines.append(
+            'missing, unexpected = model.load_state_dict(load_file(folder / "head.safetensors"), strict=False)'
+        )
         lines.append('assert not unexpected, f"the head has {unexpected}, which this model does not"')
     if len(told["adapters"]) > 1:
         lines.append('model = PeftModel.from_pretrained(model, folder / "0", adapter_name="0")')
@@ -239,7 +239,11 @@ def _competing(told: Mapping[str, Any]) -> list[str]:
     """Scores over the classes that compete."""
     if not told["tasks"] and told["classes"] == list(range(told["outputs"])):
         return ["scores = logits.softmax(1)"]
-    among = 'told["tasks"][task]["classes"] if task is not None else told["classes"]' if told["tasks"] else 'told["classes"]'
+    among = (
+        'told["tasks"][task]["classes"] if task is not None else told["classes"]'
+        if told["tasks"]
+        else 'told["classes"]'
+    )
     return [
         f"among = torch.tensor({among})",
         "scores = (logits + torch.full_like(logits, -torch.inf).index_fill(1, among, 0.0)).softmax(1)",
