@@ -29,7 +29,9 @@ def test_the_wheel_holds_package_strategies_streams_and_licence(wheel: Path) -> 
     for kind in ("strategies", "streams"):
         for path in (ROOT / kind).glob("*.yaml"):
             assert f"continual/_library/{kind}/{path.name}" in names
-    assert {"continual/py.typed", "continual/cli.py", "continual/report/page.html.j2"} <= names
+    assert {"continual/py.typed", "continual/cli.py"} <= names
+    templates = ("report/page.html.j2", "report/style.css.j2", "refresh/store.html.j2")
+    assert {f"continual/{template}" for template in templates} <= names
     assert any(name.endswith("LICENSE") for name in names)
     assert not any(name.startswith(("tests/", "reports/", "strategies/", "streams/")) for name in names)
 

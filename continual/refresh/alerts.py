@@ -137,7 +137,10 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def _place(address: str) -> str:
     """Scheme, machine and port: the rest of a hook's address is often a secret."""
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        return "an address that is not valid"
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 

@@ -160,3 +160,17 @@ def _bytes(value: float) -> str:
 
 def _plain(number: str) -> str:
     return number.replace("-", MINUS)
+
+
+def in_numbers(check: Check, percent: bool) -> str:
+    """Value, interval and limit of a check, such as ``6.4 (4.1 to 8.9) points, limit 2``; a dash where it has no value."""
+    value, low, high, limit = check.value, check.low, check.high, check.limit
+    if value is None:
+        return "–"
+    if check.rule == "largest":
+        return f"{_bytes(value)}, limit {_bytes(limit)}"
+    shares = percent or check.rule in ("negative_flips", "finite")
+    factor, digits = (100.0, 1) if shares and check.rule != "slower" else (1.0, 3)
+    unit = "" if factor == 1.0 else " points" if check.rule in DROPS else " %"
+    ends = "" if low is None or high is None else f" ({factor * low:.{digits}f} to {factor * high:.{digits}f})"
+    return _plain(f"{factor * value:.{digits}f}{ends}{unit}, limit {factor * limit:g}")

@@ -111,17 +111,17 @@ def retention_figure(stream: StreamSummary, strategy: StrategySummary) -> str:
             ]
             if not points:
                 continue
-            colour = _age(column, columns)
+            colour = age(column, columns)
             xs, ys = zip(*points, strict=True)
             axes.plot(xs, ys, color=colour, linewidth=1.5, zorder=3)
             axes.plot(xs[:1], ys[:1], "o", color=colour, markersize=3.6, zorder=4)
             ends.append((column, ys[-1]))
         bottom, top = low * scale.factor, high * scale.factor
-        _score_axis(axes, scale, bottom, top, label="")
+        score_axis(axes, scale, bottom, top, label="")
         shown = ends if len(ends) <= 12 else [*ends[:: math.ceil(len(ends) / 10)]]
         places = spread([value for _, value in shown], (top - bottom) * 0.075, bottom, top)
         for (column, value), place in zip(shown, places, strict=True):
-            _label(axes, updates, value, place, str(column + 1), _age(column, columns), updates)
+            end_label(axes, updates, value, place, str(column + 1), age(column, columns), updates)
         _update_axis(axes, updates)
         axes.set_title(shorten(strategy.strategy, 34))
 
@@ -198,10 +198,10 @@ def progress_figure(stream: StreamSummary) -> str:
             elif final is not None:
                 axes.axhline(final.mean * scale.factor, color=colour, linewidth=1.1, linestyle=(0, (4, 3)), zorder=2)
                 ends.append((final.mean * scale.factor, one.strategy, colour))
-        _score_axis(axes, scale, bottom, top, label=f"{stream.score}, mean of those met")
+        score_axis(axes, scale, bottom, top, label=f"{stream.score}, mean of those met")
         places = spread([value for value, _, _ in ends], (top - bottom) * 0.062, bottom, top)
         for (value, name, colour), place in zip(ends, places, strict=True):
-            _label(axes, updates, value, place, shorten(name), colour, updates)
+            end_label(axes, updates, value, place, shorten(name), colour, updates)
         _update_axis(axes, updates)
 
     return draw(5.6, 3.1, paint)
@@ -247,11 +247,13 @@ def series(stream: StreamSummary) -> dict[str, str]:
     return {one.strategy: colours.get(one.strategy, MUTED) for one in stream.strategies}
 
 
-def _age(column: int, columns: int) -> str:
+def age(column: int, columns: int) -> str:
+    """Colour of an experience by its place among all of them, the oldest first."""
     return str(to_hex(_AGES(column / max(columns - 1, 1))))
 
 
-def _score_axis(axes: Any, scale: Scale, bottom: float, top: float, *, label: str) -> None:
+def score_axis(axes: Any, scale: Scale, bottom: float, top: float, *, label: str) -> None:
+    """Make the vertical axis one of scores from ``bottom`` to ``top``, both in the unit that is drawn."""
     reach = 0.03 * (top - bottom)
     axes.set_ylim(bottom - reach, top + reach)
     if scale.percent:
@@ -269,7 +271,8 @@ def _update_axis(axes: Any, updates: int) -> None:
     axes.set_xlabel("after update")
 
 
-def _label(axes: Any, x: float, y: float, place: float, name: str, colour: str, updates: int) -> None:
+def end_label(axes: Any, x: float, y: float, place: float, name: str, colour: str, updates: int) -> None:
+    """Write ``name`` to the right of a line that ends in (x, y), at the height ``place``."""
     width = updates - 1 + 0.08 * updates
     start, end = x + 0.034 * width, x + 0.102 * width
     axes.plot([start, end], [y, place], color=colour, linewidth=0.6, alpha=0.6, clip_on=False)

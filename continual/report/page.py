@@ -70,29 +70,42 @@ def write_run_figures(folder: Path) -> Path:
 
 def render_page(results: Sequence[Result], title: str, *, summary: str = "", failures: Sequence[Failure] = ()) -> str:
     """The HTML text that :func:`write_page` writes."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+    ordered = sorted(results, key=lambda run: run.key)
+    streams = aggregate(ordered)
+    text = (
+        environment(Path(__file__).parent)
+        .get_template("page.html.j2")
+        .render(
+            title=title,
+            summary=summary,
+            theme=theme(),
+            streams=[_stream(place, stream) for place, stream in enumerate(streams)],
+            runs=ordered,
+            failures=sorted(failures, key=lambda one: (one.stream, one.strategy, one.seed)),
+            provenance=_provenance(ordered),
+            started=_span(ordered),
+        )
+    )
+    return text.rstrip() + "\n"
+
+
+def environment(*folders: Path) -> Environment:
+    """Where templates are found: in ``folders``, then beside this file; everything that is shown is escaped."""
+    found = Environment(
+        loader=FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(
-        seconds=numbers.seconds, count=numbers.count, size=numbers.size, integers=numbers.integers
+    found.globals.update(
+        seconds=numbers.seconds,
+        count=numbers.count,
+        size=numbers.size,
+        integers=numbers.integers,
+        probability=numbers.probability,
     )
-    ordered = sorted(results, key=lambda run: run.key)
-    streams = aggregate(ordered)
-    text = environment.get_template("page.html.j2").render(
-        title=title,
-        summary=summary,
-        theme=theme(),
-        streams=[_stream(place, stream) for place, stream in enumerate(streams)],
-        runs=ordered,
-        failures=sorted(failures, key=lambda one: (one.stream, one.strategy, one.seed)),
-        provenance=_provenance(ordered),
-        started=_span(ordered),
-    )
-    return text.rstrip() + "\n"
+    return found
 
 
 def _stream(place: int, stream: StreamSummary) -> dict[str, Any]:

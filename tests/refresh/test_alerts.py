@@ -160,6 +160,8 @@ def test_a_web_hook_that_fails_is_a_sentence_without_its_secret(server: Server, 
     for address in ("http://localhost:80@elsewhere.example/secret", "http://localhost/a secret"):
         sentences += tell(outcome(), AlertRules(webhook=address), tmp_path)
         assert "its address is not valid" in sentences[-1]
+    sentences += tell(outcome(), AlertRules(webhook="https://[secret"), tmp_path)
+    assert "an address that is not valid was not told" in sentences[-1]
     assert not any("secret" in sentence or "hook/" in sentence for sentence in sentences)
 
 
