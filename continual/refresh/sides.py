@@ -84,7 +84,8 @@ class Side:
     def numbers(self, name: str, places_X: Ints) -> Floats:
         """A dense column of these rows, float64 (X, C), whatever its shape."""
         column = self.table.select(torch.from_numpy(places_X)).column(name)
-        found: Floats = column.reshape(len(column), -1).cpu().double().numpy()
+        flat = column.flatten(1) if column.dim() > 1 else column[:, None]
+        found: Floats = flat.cpu().double().numpy()
         return found
 
     def features(self, places_X: Ints) -> Tensor:
