@@ -64,7 +64,9 @@ def render_card(card: Card, told: Mapping[str, Any], code: str, files: Mapping[s
             one.name + (" (probe)" if one.probe else ""),
             str(one.rows),
             _figure(one.score, percent),
-            "–" if one.low is None or one.high is None else f"{_figure(one.low, percent)} to {_figure(one.high, percent)}",
+            "–"
+            if one.low is None or one.high is None
+            else f"{_figure(one.low, percent)} to {_figure(one.high, percent)}",
             _figure(one.learnt, percent),
             "–" if one.score is None or one.learnt is None else _figure(one.score - one.learnt, percent, sign=True),
         ]
@@ -74,7 +76,13 @@ def render_card(card: Card, told: Mapping[str, Any], code: str, files: Mapping[s
     heads = ["experience", "rows", f"{card.score}{unit}", "95 % interval", "when learnt", "change"]
     checks = [] if card.judgement is None else [_check(one) for one in card.judgement.checks]
     data = [
-        [PurePath(one.path.replace("\\", "/")).name or one.path, str(one.offered), str(one.trained), str(one.holdout), one.fingerprint]
+        [
+            PurePath(one.path.replace("\\", "/")).name or one.path,
+            str(one.offered),
+            str(one.trained),
+            str(one.holdout),
+            one.fingerprint,
+        ]
         for one in card.data
     ]
     environment = Environment(
@@ -94,7 +102,9 @@ def render_card(card: Card, told: Mapping[str, Any], code: str, files: Mapping[s
         base=_shown_base(card.base_model),
         retention=_table(heads, rows, left=1) if rows else "",
         checks=_table(["rule", "of", "measured", "interval", "limit", "answer"], checks, left=2) if checks else "",
-        data=_table(["rows from", "offered", "trained", "held out", "fingerprint (SHA-256)"], data, left=1) if data else "",
+        data=_table(["rows from", "offered", "trained", "held out", "fingerprint (SHA-256)"], data, left=1)
+        if data
+        else "",
         code=code,
         files=files,
         made="; ".join(f"{name} {value}" for name, value in sorted(card.code.items()) if isinstance(value, str)),
@@ -113,7 +123,7 @@ def _front(card: Card, told: Mapping[str, Any]) -> dict[str, Any]:
         found["base_model_relation"] = "adapter" if told["adapters"] else "finetune"
     transformer = told["form"] in ("features", "language", "transformer")
     found["library_name"] = "peft" if told["adapters"] else "transformers" if transformer else "pytorch"
-    tags = {"classification": "text-classification", "causal-lm": "text-generation", "seq2seq": "text2text-generation"}
+    tags = {"classification": "text-classification", "causal-lm": "text-generation"}
     if transformer and told["objective"] in tags:
         found["pipeline_tag"] = tags[told["objective"]]
     lora = told["adapters"] and not told["virtual"]
@@ -134,9 +144,13 @@ def _shown_base(name: str | None) -> str:
 def _kind(told: Mapping[str, Any], names: Sequence[str]) -> str:
     objective = told["objective"]
     if objective == "classification":
-        shown = ", ".join(plain(name) for name in names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+        shown = ", ".join(plain(name) for name in names[:12]) + (
+            f" and {len(names) - 12} more" if len(names) > 12 else ""
+        )
         return f"A classifier of {len(names)} classes ({shown})"
-    return {"regression": "A regression", "causal-lm": "A language model"}.get(objective, "A sequence-to-sequence model")
+    return {"regression": "A regression", "causal-lm": "A language model"}.get(
+        objective, "A sequence-to-sequence model"
+    )
 
 
 def _check(one: Check) -> list[str]:

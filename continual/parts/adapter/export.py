@@ -129,9 +129,7 @@ def total_folds(adapters: Adapters) -> dict[str, Fold]:
     return _summed(task_folds(adapters))
 
 
-def lora_config(
-    model: nn.Module, adapters: Adapters, folds: dict[str, Fold], with_head: bool = True
-) -> dict[str, Any]:
+def lora_config(model: nn.Module, adapters: Adapters, folds: dict[str, Fold], with_head: bool = True) -> dict[str, Any]:
     """The content of ``adapter_config.json``: type LORA, each layer's rank and an alpha that equals it."""
     from peft import LoraConfig
 

@@ -86,7 +86,10 @@ def write_adapters(
     if apart and router is not None:
         told["routing"] = router.wanted
         if router.wanted == "features":
-            tensors = {"prototypes": router.prototypes_PD.cpu().contiguous(), "place": router.place_P.cpu().contiguous()}
+            tensors = {
+                "prototypes": router.prototypes_PD.cpu().contiguous(),
+                "place": router.place_P.cpu().contiguous(),
+            }
             save_file(tensors, folder / "router.safetensors", metadata={"format": "pt"})
     return told
 

@@ -75,9 +75,7 @@ def _checked_base(module: Any, name: str, heads: dict[str, nn.Module], adapter: 
     """The SHA-256 of the base called ``name``, whose weights are, bit for bit, those that the adapter was trained on."""
     found = on_disk(name) if name else None
     kind = type(module).__name__
-    remedy = (
-        "load the object with from_pretrained() before it learns, or train it without an adapter, which is exported whole."
-    )
+    remedy = "load the object with from_pretrained() before it learns, or train it without an adapter, which is exported whole."
     if found is None:
         raise ModelError(
             f"the {kind} was handed in as an object whose config names the base '{name}', which is not on this machine, and an "
