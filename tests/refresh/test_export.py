@@ -1,4 +1,7 @@
-"""Exports of every kind, used by somebody who has no `continual`: the code of each README, run as it stands there."""
+"""Exports of every kind, used by somebody who has no `continual`: the code of each README, run as it stands there.
+
+One long file, since every test reads the exports that are made, and run by a process of their own, once.
+"""
 
 from __future__ import annotations
 
@@ -506,6 +509,15 @@ def test_the_same_learner_gives_the_same_bytes_also_after_a_load(read: Read, tmp
             folder = export_model(one, tmp_path / "out", card=PLAIN)
             assert (folder / "seal.json").read_bytes() == (read.folders[name] / "seal.json").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "state"]
+
+
+@pytest.mark.parametrize("name", ["adalora", "routed-lora", "lora-gpt2-last", "mlp-adalora"])
+def test_the_learner_is_left_as_it_was(name: str, read: Read, tmp_path: Path) -> None:
+    learner = read.cases[name].learner
+    learner.save(tmp_path / "before")
+    export_model(learner, tmp_path / "out", card=PLAIN)
+    learner.save(tmp_path / "after")
+    assert (tmp_path / "before" / "seal.json").read_bytes() == (tmp_path / "after" / "seal.json").read_bytes()
 
 
 # What is refused
