@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--only", choices=list(STRATEGIES))
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     data = arguments.data if (arguments.data / "train.jsonl").is_file() else arguments.data / "clinc150"
     months, tests = months_of(data), [row for row in read(data / "test.jsonl") if row["label"] != "oos"]
     for name in [arguments.only] if arguments.only else list(STRATEGIES):
