@@ -356,7 +356,8 @@ class Update:
             },
             bytes={
                 **sizes,
-                "test sets and ledger": sum(piece.bytes for piece in written.values()) - sum(sizes.values()),
+                "scores": monitor.nbytes(),
+                "test sets and ledger": sum(piece.bytes for name, piece in written.items() if "/" in name),
             },
         )
         content = record_text(report).encode()
