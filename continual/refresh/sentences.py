@@ -38,7 +38,9 @@ class Bar:
         )
 
 
-def leakage(hits: int, rows: int, ids: Sequence[str]) -> Found:
+def leakage(ids: Sequence[str], rows: int) -> Found:
+    """``ids``: of the new rows concerned."""
+    hits = len(ids)
     return Found(
         kind="leakage",
         sentence=(
@@ -138,17 +140,18 @@ def percent(share: float) -> str:
 
 
 def _columns(kind: Finding, opening: str, found: Sequence[Change], bar: Bar, advice: str) -> Found:
-    first = found[0]
+    first, of_each = found[0], {change.column: change for change in reversed(found)}
+    columns = [change for change in found if of_each[change.column] is change]
     measured = f", exchanging whole classes, {first.topics} of them at hand" if first.topics else ""
     return Found(
         kind=kind,
         sentence=(
-            f"{opening}: {_some(map(_change, found), '; ')} ({bar.said(first.effect, first.p_value)}{measured}). {advice}"
+            f"{opening}: {_some(map(_change, columns), '; ')} ({bar.said(first.effect, first.p_value)}{measured}). {advice}"
         ),
         effect=first.effect,
         p_value=first.p_value,
         rows=first.rows,
-        names=tuple(dict.fromkeys(change.column for change in found))[:NAMES],
+        names=tuple(change.column for change in columns[:NAMES]),
     )
 
 

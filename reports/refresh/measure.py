@@ -31,11 +31,16 @@ holdout: {share: 0.25, rows: 400, total: 20000}
 drift: {stop: [form-shift]}
 """
 STRATEGIES: dict[str, dict[str, Any]] = {
-    "lora-rehearsal": {"model": BASE, "strategy": "lora-rehearsal"},
+    "lora-rehearsal": {"model": BASE, "strategy": "lora-rehearsal", "overrides": {"training.precision": "bf16"}},
     "lora-first-ranpac": {
         "model": {"kind": "pretrained", "name": BASE, "layers": 4},
         "strategy": "lora-first-ranpac",
-        "overrides": {"head.dimension": 1900, "head.projection": "orthogonal", "head.center": True},
+        "overrides": {
+            "head.dimension": 1900,
+            "head.projection": "orthogonal",
+            "head.center": True,
+            "training.precision": "bf16",
+        },
     },
 }
 Rows = list[dict[str, str]]
