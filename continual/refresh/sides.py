@@ -85,12 +85,7 @@ class Side:
     def numbers(self, name: str, places_X: Ints) -> Floats:
         """A dense column of these rows, float64 (X, C), whatever its shape."""
         column = self.table.select(torch.from_numpy(places_X)).column(name)
-<<<<<<< HEAD
-        flat = column.flatten(1) if column.dim() > 1 else column[:, None]
-        found: Floats = flat.cpu().double().numpy()
-=======
         found: Floats = column.reshape(len(column), math.prod(column.shape[1:])).cpu().double().numpy()
->>>>>>> drift
         return found
 
     def features(self, places_X: Ints) -> Tensor:
