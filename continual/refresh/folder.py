@@ -37,6 +37,7 @@ from continual.refresh.records import Count, Digest, Manifest, Record, Report, r
 from continual.refresh.rules import Rules
 from continual.state import flush, read_object
 from continual.streams.experience import Scenario
+from continual.streams.folders import own_cache
 
 READS = 5
 """How often a reader looks again where a writer has just put something else in place."""
@@ -260,6 +261,16 @@ class Folder:
         return False
 
     # Writing
+
+    @contextmanager
+    def cached(self) -> Iterator[None]:
+        """Inside, what is cached lies in the store, so that it fits where the store does; at the end it goes."""
+        cache = self.path / "cache"
+        with own_cache(cache):
+            try:
+                yield
+            finally:
+                shutil.rmtree(cache, ignore_errors=True)
 
     @contextmanager
     def writing(self, what: str) -> Iterator[None]:

@@ -34,7 +34,6 @@ from continual.spec import parse
 from continual.state import write_text
 from continual.strategy import Strategy
 from continual.streams.experience import Scenario
-from continual.streams.folders import own_cache
 
 
 class Store:
@@ -276,16 +275,17 @@ class Store:
                 f"the rows of '{self.path}' have no id column, so no id names one: hand the rows themselves to erase_rows(), or "
                 "give --rows a file of them."
             )
-        return self._erase(row_ids([str(one) for one in ids], settings.salt))
+        found = row_ids([str(one) for one in ids], settings.salt)
+        return self._erase(lambda: found)
 
     def erase_rows(self, rows: Any) -> Erasure:
         """As :meth:`erase`, of rows that are given themselves, in any form that :meth:`update` takes."""
         settings = self.folder.settings
-        return self._erase(read_rows(rows, settings.columns, settings.objective, settings.salt).ids)
+        return self._erase(lambda: read_rows(rows, settings.columns, settings.objective, settings.salt).ids)
 
-    def _erase(self, rows: Tensor) -> Erasure:
-        with self.folder.writing("erase"), own_cache(self.path / "cache"):
-            return erase(self.folder, rows, self.trust)
+    def _erase(self, rows: Callable[[], Tensor]) -> Erasure:
+        with self.folder.writing("erase"), self.folder.cached():
+            return erase(self.folder, rows(), self.trust)
 
     def learner(self, version: int | None = None, *, device: str = "auto") -> Learner:
         """The learner of a version (the live one)."""

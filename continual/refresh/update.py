@@ -50,7 +50,6 @@ from continual.strategy import Strategy
 from continual.streams.check import require_experience
 from continual.streams.convert import as_experience
 from continual.streams.experience import Experience
-from continual.streams.folders import own_cache
 from continual.table import Table, TensorTable, concat, to_device
 
 COLUMNS = ("input_ids", "attention_mask", "inputs", "labels", "row")
@@ -99,18 +98,14 @@ class Update:
         self.settings, self.live = folder.settings, folder.current()
         self.begun = time.perf_counter()
         self._notes = self._known_classes = 0
-        self.cache = folder.path / "cache"
-        with own_cache(self.cache):
+        with folder.cached():
             self.offered = read_rows(data, self.settings.columns, self.settings.objective, self.settings.salt)
         self.strategy = Strategy.load({**self.settings.strategy, "name": self.settings.strategy_name})
 
     def __call__(self) -> Outcome:
         """Go through with it, from the start or from where it was killed."""
-        with own_cache(self.cache):
-            try:
-                return self._go()
-            finally:
-                shutil.rmtree(self.cache, ignore_errors=True)
+        with self.folder.cached():
+            return self._go()
 
     def _go(self) -> Outcome:
         request = self._under_way()
