@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from continual.errors import SpecError, StateError
+from continual.errors import SpecError, StateError, StreamError
 from continual.learner import Learner
 from continual.learner.trust import check_trusted, wishes
 from continual.models.build import base_on_disk, gives_features
@@ -267,6 +267,7 @@ class Store:
             ids: values of the rows' ``id`` column.
 
         Raises:
+            StreamError: no id is given.
             StateError: rows of this store have no ids, or an update is under way; the store is as it was.
         """
         settings = self.folder.settings
@@ -275,7 +276,10 @@ class Store:
                 f"the rows of '{self.path}' have no id column, so no id names one: hand the rows themselves to erase_rows(), or "
                 "give --rows a file of them."
             )
-        found = row_ids([str(one) for one in ids], settings.salt)
+        named = [str(one) for one in ids]
+        if not named:
+            raise StreamError("no row to erase is named: give ids, one at least.")
+        found = row_ids(named, settings.salt)
         return self._erase(lambda: found)
 
     def erase_rows(self, rows: Any) -> Erasure:
