@@ -11,8 +11,8 @@ from markupsafe import Markup
 
 from continual.refresh import figures
 from continual.refresh.history import History, Version, changes, history_of
-from continual.refresh.records import Manifest, Measured, Report
 from continual.refresh.reasons import in_numbers
+from continual.refresh.records import Manifest, Measured, Report
 from continual.report.load import SHARES
 from continual.report.numbers import UNITS, Scale
 from continual.report.page import environment
