@@ -17,8 +17,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from continual.errors import ContinualError, StateError, shown
+from continual.errors import ContinualError, ModelError, StateError, shown
 from continual.learner import Learner
+from continual.models.build import base_on_disk
 from continual.monitor.evaluation import evaluating
 from continual.objective import PRIMARY
 from continual.parts.replay.store import KeepsRows
@@ -306,7 +307,12 @@ class Update:
     ) -> int:
         """Train, measure, judge, and add the version; returns its number."""
         strategy = Strategy.load(self.strategy, overrides=changed)
-        learner = self._learner(strategy, attempt, rules)
+        try:
+            learner = self._learner(strategy, attempt, rules)
+        except ContinualError:
+            if attempt == 0 and not any(self.folder.work.glob("try-*")):
+                self._done()
+            raise
         monitor = learner.monitor
         assert monitor is not None, "a store measures"
         if learner.updates == experience.index:
@@ -391,6 +397,12 @@ class Update:
             return Learner.load(place, strategy=strategy, trust=self.options.trust, **options)
         settings = self.settings
         if self.live is None:
+            found = base_on_disk(settings.model)
+            if settings.base_model_sha256 not in (None, found):
+                raise ModelError(
+                    f"the base model has SHA-256 {str(found)[:12]}…, and the store was made for {settings.base_model_sha256[:12]}…: "
+                    "put the same base model there, or make a new store."
+                )
             return Learner(
                 settings.model,
                 strategy,
