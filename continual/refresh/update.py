@@ -25,7 +25,7 @@ from continual.objective import PRIMARY
 from continual.parts.replay.store import KeepsRows
 from continual.provenance import commit, now, versions
 from continual.refresh.drift import compare, stopped_by
-from continual.refresh.folder import Folder
+from continual.refresh.folder import Folder, no_link
 from continual.refresh.intake import Divided, Offered, check_form, check_labels, divide, read_rows, without
 from continual.refresh.judge import judge
 from continual.refresh.measuring import measured_in, seconds_in_turns
@@ -163,7 +163,7 @@ class Update:
 
     def _under_way(self) -> Request | None:
         """The update that was killed, where there is one and it is this one; what was over is cleared away."""
-        path = self.folder.work / "update.json"
+        path = no_link(self.folder.work / "update.json")
         if not path.is_file():
             shutil.rmtree(self.folder.work, ignore_errors=True)
             return None
@@ -385,7 +385,7 @@ class Update:
 
     def _learner(self, strategy: Strategy, attempt: int, rules: Rules) -> Learner:
         """The learner of a try: from its checkpoint, from the live version, or a new one."""
-        place = self.folder.work / f"try-{attempt}"
+        place = no_link(self.folder.work / f"try-{attempt}")
         recover_folder(place)
         options: dict[str, Any] = {
             "device": self.options.device,
