@@ -227,6 +227,8 @@ def erase_command(
             ids = [line.strip() for line in rows.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise StreamError(f"'{rows}' cannot be read ({error}): name a text file with an id a line.") from error
+        if not ids:
+            raise StreamError(f"'{rows}' names no rows: write an id a line.")
         found = opened.erase(ids)
     else:
         found = opened.erase_rows(rows)

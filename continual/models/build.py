@@ -127,10 +127,20 @@ def _mlp(settings: MLPSpec, example: Batch | None) -> Model:
     )
 
 
-def _construct(settings: ModuleSpec) -> nn.Module:
+def module_class(settings: ModuleSpec) -> type[nn.Module]:
+    """The class of a module of the user's.
+
+    Raises:
+        SpecError: it cannot be imported, or is something else.
+    """
     found = load_object(settings.class_, "the model")
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise SpecError(f"the model: '{settings.class_}' is not a torch module: name a subclass of torch.nn.Module.")
+    return found
+
+
+def _construct(settings: ModuleSpec) -> nn.Module:
+    found = module_class(settings)
     try:
         return found(**settings.arguments)
     except (TypeError, ValueError) as error:

@@ -34,7 +34,7 @@ def resolve(name: str) -> Path:
     found = on_disk(name)
     if found is not None:
         return found
-    if _is_path(name):
+    if is_path(name):
         raise ModelError(f"there is no folder '{name}': name one that exists, or a model of the Hugging Face hub.")
     return _downloaded(MINILM if name in _MINILM_NAMES else name)
 
@@ -50,7 +50,7 @@ def on_disk(name: str) -> Path | None:
         return local
     if name in _MINILM_NAMES:
         return _cached(MINILM) or _packaged()
-    return None if _is_path(name) else _cached(name)
+    return None if is_path(name) else _cached(name)
 
 
 def weights_files(folder: Path) -> list[Path]:
@@ -87,7 +87,8 @@ def base_sha256(folder: Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _is_path(name: str) -> bool:
+def is_path(name: str) -> bool:
+    """Whether a name can only be that of a folder."""
     return Path(name).expanduser().is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1
 
 

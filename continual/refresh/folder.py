@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -37,10 +38,17 @@ from continual.refresh.records import Count, Digest, Manifest, Record, Report, r
 from continual.refresh.rules import Rules
 from continual.state import flush, read_object
 from continual.streams.experience import Scenario
+from continual.streams.folders import own_cache
 
+OWN = (
+    *("store.json", "rules.yaml", "CURRENT", "journal.jsonl", "erased.json", ".lock", ".holder"),
+    *("versions", "objects", "staged", "work", "cache"),
+)
+"""What lies in a store, all of it its own."""
 READS = 5
 """How often a reader looks again where a writer has just put something else in place."""
 
+_NUMBER = re.compile(r"(?!0000$)(0[0-9]{3}|[1-9][0-9]{3,8})")
 _Found = TypeVar("_Found")
 
 
@@ -96,9 +104,8 @@ class Folder:
         self.objects = Objects(self.path / "objects")
         self.journal = Journal(self.path / "journal.jsonl")
         self.versions, self.staged, self.work = (self.path / name for name in ("versions", "staged", "work"))
-        for one in (self.objects.folder, self.versions, self.staged, self.work):
-            if one.is_symlink():
-                raise StateError(f"'{one}' is a link: a store holds its own files; do not trust this folder.")
+        for name in OWN:
+            no_link(self.path / name)
         if not (self.path / "store.json").is_file():
             raise StateError(f"'{path}' holds no store: make one with `continual store init`, or name another folder.")
 
@@ -122,7 +129,7 @@ class Folder:
 
     def under_way(self) -> str | None:
         """The rows of an update that has begun and is not done, as they were named; None where there is none."""
-        path = self.work / "update.json"
+        path = no_link(self.work / "update.json")
         return str(read_object(path, "give the update's command again.").get("path")) if path.is_file() else None
 
     def current(self) -> int | None:
@@ -142,7 +149,7 @@ class Folder:
         """Every version there is, rising."""
         if not self.versions.is_dir():
             return []
-        return sorted(int(one.name) for one in self.versions.iterdir() if one.name.isdigit() and one.is_dir())
+        return sorted(int(one.name) for one in self.versions.iterdir() if _NUMBER.fullmatch(one.name) and one.is_dir())
 
     def manifest(self, version: int) -> Manifest:
         """What a version is made of, as the journal knows it.
@@ -211,8 +218,12 @@ class Folder:
         return found[::-1]
 
     def place(self, version: int) -> Path:
-        """The folder of a version."""
-        return self.versions / f"{version:04d}"
+        """The folder of a version.
+
+        Raises:
+            StateError: it is a link.
+        """
+        return no_link(self.versions / f"{version:04d}")
 
     def _manifest(self, version: int) -> Manifest:
         path = self.place(version) / "manifest.json"
@@ -260,6 +271,16 @@ class Folder:
         return False
 
     # Writing
+
+    @contextmanager
+    def cached(self) -> Iterator[None]:
+        """Inside, what is cached lies in the store, so that it fits where the store does; at the end it goes."""
+        cache = self.path / "cache"
+        with own_cache(cache):
+            try:
+                yield
+            finally:
+                shutil.rmtree(cache, ignore_errors=True)
 
     @contextmanager
     def writing(self, what: str) -> Iterator[None]:
@@ -351,9 +372,9 @@ class Folder:
         if not self.staged.is_dir():
             return
         wanted = manifests_of(entries)
-        for folder in sorted(self.staged.iterdir()):
-            path = folder / "manifest.json"
-            version = int(folder.name) if folder.name.isdigit() else 0
+        for folder in sorted(no_link(one) for one in self.staged.iterdir()):
+            path = no_link(folder / "manifest.json")
+            version = int(folder.name) if _NUMBER.fullmatch(folder.name) else 0
             if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == wanted.get(version):
                 place = self.place(version)
                 place.mkdir(parents=True, exist_ok=True)
@@ -407,10 +428,19 @@ def make_folder(path: Path, settings: Settings, rules: str) -> Folder:
     return Folder(path)
 
 
+def no_link(path: Path) -> Path:
+    """The path, which must be no link: a store holds its own files.
+
+    Raises:
+        StateError: it is one.
+    """
+    if path.is_symlink():
+        raise StateError(f"'{path}' is a link: a store holds its own files; do not trust this folder.")
+    return path
+
+
 def _read(path: Path) -> bytes:
     try:
-        if path.is_symlink():
-            raise StateError(f"'{path}' is a link: a store holds its own files; do not trust this folder.")
-        return path.read_bytes()
+        return no_link(path).read_bytes()
     except OSError as error:
         raise StateError(f"'{path}' cannot be read ({error.strerror or error}): mend that and try again.") from error

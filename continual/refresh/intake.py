@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from continual.errors import StreamError, quoted
+from continual.errors import StreamError, quoted, shown
 from continual.objective import Objective
 from continual.refresh.folder import Columns
 from continual.refresh.rules import HoldoutRules
@@ -29,11 +29,13 @@ from continual.streams.content import row_keys
 from continual.streams.convert import as_table
 from continual.streams.experience import Scenario
 from continual.streams.sources.files import FilesSource
-from continual.streams.sources.rows import Raw, class_values, take
+from continual.streams.sources.rows import Raw, Values, check_features, class_values, take
 from continual.streams.sources.tabular import TabularSource, decodable
 from continual.table import Table, TensorTable
 
 _SPAN = 2**63
+_NO_ID = ("None", "nan", "NaT", "<NA>")
+"""What an id that is missing looks like as text."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,14 @@ def read_rows(data: Any, columns: Columns, objective: Objective, salt: str) -> O
     """The rows of a file (JSONL, CSV, Parquet), of a ``datasets`` folder or object, of a data frame, or of arrays.
 
     Raises:
-        StreamError: they cannot be read, a column is missing, or an id repeats.
+        StreamError: they cannot be read, a column or a value is missing, or an id repeats.
     """
     path, sha256, raw = _raw(data, columns, objective)
     count = len(raw.table)
     if count == 0:
         raise StreamError(f"'{path}' holds no rows: give it some.")
-    names = tuple(str(value) for value in class_values(raw.labels, path)) if objective == "classification" else ()
+    check_features(raw.table, f"'{path}'")
+    names = tuple(map(str, class_values(raw.labels, f"'{path}'"))) if objective == "classification" else ()
     keys_N = row_keys(raw.table)
     told = names or tuple(str(value) for value in (raw.labels if raw.labels is not None else [""] * count))
     if raw.ids is None:
@@ -94,8 +97,7 @@ def read_rows(data: Any, columns: Columns, objective: Objective, salt: str) -> O
             names = tuple(names[place] for place in chosen.tolist()) if names else ()
             keys_N, told = keys_N[chosen.numpy()], tuple(told[place] for place in chosen.tolist())
     else:
-        ids = [str(value) for value in np.asarray(raw.ids).tolist()]
-        _check_ids(ids, path)
+        ids = _checked_ids(raw.ids, path)
         rows_N, notes = _hashed(ids, salt), raw.notes
     lines = sorted(
         f"{row}/{key}/{label}" for row, key, label in zip(rows_N.tolist(), keys_N.tolist(), told, strict=True)
@@ -270,15 +272,21 @@ def _hashed(values: Any, salt: str) -> Tensor:
     return torch.from_numpy(whole_N.astype(np.int64))
 
 
-def _check_ids(ids: list[str], path: str) -> None:
-    missing = next((place for place, value in enumerate(ids) if value in ("", "None", "nan", "<NA>")), None)
-    if missing is not None:
-        raise StreamError(f"row {missing} of '{path}' has no id: give every row one, or leave the id column out.")
-    seen: set[str] = set()
-    for value in ids:
-        if value in seen:
-            raise StreamError(f"the id '{value}' is there twice in '{path}': give each row its own.")
-        seen.add(value)
+def _checked_ids(values: Values, path: str) -> list[str]:
+    """The ids of the rows as text: whole numbers or names, none missing, each once."""
+    found: dict[str, None] = {}
+    for place, value in enumerate(np.asarray(values).tolist()):
+        text = str(value)
+        if not text.strip() or text in _NO_ID:
+            raise StreamError(f"row {place} of '{path}' has no id: give every row one, or leave the id column out.")
+        if not isinstance(value, str | int) or isinstance(value, bool):
+            raise StreamError(
+                f"the id of row {place} of '{path}' is {shown(value)}: an id is text or a whole number, write it so in every row."
+            )
+        if text in found:
+            raise StreamError(f"the id '{text}' is there twice in '{path}': give each row its own.")
+        found[text] = None
+    return list(found)
 
 
 def _form(raw: Raw, objective: Objective) -> dict[str, str]:

@@ -38,6 +38,8 @@ class Objects:
         content = state_bytes(state)
         digest = hashlib.sha256(content).hexdigest()
         path = self.path(digest)
+        if path.parent.is_symlink():
+            raise StateError(f"'{path.parent}' is a link: a store holds its own files; do not trust this folder.")
         if not (path.is_file() and path.stat().st_size == len(content)):
             write_bytes(path, content)
         return Piece(sha256=digest, bytes=len(content))
@@ -55,7 +57,8 @@ class Objects:
         """Raise :class:`StateError` unless the piece is there and its bytes are those that were written."""
         path = self.path(piece.sha256)
         try:
-            whole = not path.is_symlink() and path.stat().st_size == piece.bytes and file_sha256(path) == piece.sha256
+            linked = path.is_symlink() or path.parent.is_symlink()
+            whole = not linked and path.stat().st_size == piece.bytes and file_sha256(path) == piece.sha256
         except FileNotFoundError:
             raise StateError(f"{what} is missing ('{path}'): restore the store from a backup.") from None
         except OSError as error:
@@ -69,11 +72,11 @@ class Objects:
     def sweep(self, used: set[str]) -> int:
         """Remove every object that is not ``used``, and what a killed process began to write; returns how many."""
         removed = 0
-        for path in list(self.folder.glob("*/*")):
-            if path.parent.name + path.name not in used:
-                path.unlink(missing_ok=True)
-                removed += 1
-        for folder in {path for path in self.folder.glob("*") if path.is_dir()}:
+        for folder in [path for path in self.folder.glob("*") if path.is_dir() and not path.is_symlink()]:
+            for path in list(folder.iterdir()):
+                if folder.name + path.name not in used:
+                    path.unlink(missing_ok=True)
+                    removed += 1
             flush(folder)
         return removed
 

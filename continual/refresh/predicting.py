@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from continual.errors import StreamError
+from continual.errors import StateError, StreamError
 from continual.refresh.objects import write_bytes
 from continual.refresh.store import Store
 from continual.streams.folders import own_cache
 from continual.streams.sources.files import FilesSource, read_file
+from continual.streams.sources.rows import check_features
 from continual.streams.sources.tabular import decodable
 
 KEYS = ("predicted", "score", "familiar", "version")
@@ -32,17 +36,19 @@ def predict_file(
         How many rows, and by which version.
 
     Raises:
-        ContinualError: rows that cannot be read, a column of theirs called like one that is added, or no such version.
+        ContinualError: rows that cannot be read, a column of theirs called like one that is added, no such version, or a place
+            that cannot be written.
     """
     settings = store.folder.settings
     used = store.manifest(version).version
-    with own_cache(out.parent / f".{out.name}.cache"):
+    with _cache_beside(out):
         source = FilesSource(path=str(rows), **{**settings.columns.model_dump(exclude_none=True), "keep": "memory"})
         if not rows.is_file():
             raise StreamError(f"'{rows}' was not found: name a JSONL, CSV or Parquet file.")
         with decodable(f"'{rows}'"):
             dataset = read_file(rows, source.string_columns(settings.objective))
             table = source.inputs(dataset, settings.objective, f"'{rows}'")
+        check_features(table, f"'{rows}'")
         taken = sorted(set(KEYS) & set(dataset.column_names))
         if taken:
             raise StreamError(f"'{rows}' has a column '{taken[0]}', which the output adds: rename it.")
@@ -53,6 +59,20 @@ def predict_file(
         ]
     write_bytes(out, ("\n".join(lines) + "\n").encode())
     return len(lines), used
+
+
+@contextmanager
+def _cache_beside(out: Path) -> Iterator[None]:
+    """What is cached inside lies where the output goes, and goes at the end."""
+    there = next((folder for folder in out.absolute().parents if folder.exists()), out)
+    try:
+        folder = TemporaryDirectory(prefix=f".{out.name}.", dir=there, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise StateError(
+            f"'{out}' could not be written ({error.strerror or error}): free some space or name another place."
+        ) from error
+    with folder as name, own_cache(Path(name)):
+        yield
 
 
 def _added(found: dict[str, Any], version: int) -> list[dict[str, Any]]:

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import NonNegativeInt
 from torch import Tensor
 
-from continual.errors import SpecError, StateError
+from continual.errors import SpecError, StateError, StreamError
 from continual.learner import Learner
 from continual.learner.trust import check_trusted, wishes
-from continual.models.build import base_on_disk, gives_features
-from continual.models.spec import parse_model_spec
+from continual.models.build import base_on_disk, gives_features, module_class
+from continual.models.hub import is_path, resolve
+from continual.models.spec import ModelSpec, ModuleSpec, PretrainedSpec, parse_model_spec
 from continual.objective import Objective
 from continual.provenance import now
 from continual.refresh.alerts import tell
@@ -30,11 +32,10 @@ from continual.refresh.rules import Rules
 from continual.refresh.status import Status, compare, status_of
 from continual.refresh.update import Options, Update
 from continual.refresh.verify import verify
-from continual.spec import parse
+from continual.spec import Spec, parse
 from continual.state import write_text
 from continual.strategy import Strategy
 from continual.streams.experience import Scenario
-from continual.streams.folders import own_cache
 
 
 class Store:
@@ -80,9 +81,10 @@ class Store:
             overrides: dotted key of the strategy → value.
 
         Raises:
-            SpecError, CompositionError: what was asked for cannot be.
+            SpecError, CompositionError, ModelError: what was asked for cannot be.
             StateError: the folder is not empty or cannot be written.
         """
+        asked = parse(_Asked, {"seed": seed, "scenario": scenario, "objective": objective}, "the store")
         chosen = Strategy.load(strategy, overrides=overrides)
         if chosen.engine is not None:
             raise SpecError(
@@ -94,21 +96,24 @@ class Store:
             )
         spec = parse_model_spec(model)
         chosen.check(objective=objective, gives_features=gives_features(model, objective), open_stream=True)
+        named = parse(Columns, dict(columns or {}), "the columns")
+        _check_columns(named)
         given = Rules.load(Path(rules)) if isinstance(rules, str | Path) else rules
         checked = given if isinstance(given, Rules) else parse(Rules, dict(given or {}), "the rules")
         for changed in checked.ladder.settings:
             Strategy.load(chosen, overrides=changed)
         base = base_on_disk(model)
+        _check_model(spec, base)
         settings = Settings(
             created=now(),
             model=spec.model_dump(mode="json", by_alias=True, exclude_unset=True),
             base_model_sha256=base,
             strategy=chosen.to_dict(),
             strategy_name=chosen.name,
-            seed=seed,
-            scenario=scenario,
-            objective=objective,
-            columns=parse(Columns, dict(columns or {}), "the columns"),
+            seed=asked.seed,
+            scenario=asked.scenario,
+            objective=asked.objective,
+            columns=named,
             salt=secrets.token_hex(16),
         )
         make_folder(Path(path), settings, _rule_text(rules, checked))
@@ -268,6 +273,7 @@ class Store:
             ids: values of the rows' ``id`` column.
 
         Raises:
+            StreamError: no id is given.
             StateError: rows of this store have no ids, or an update is under way; the store is as it was.
         """
         settings = self.folder.settings
@@ -276,16 +282,20 @@ class Store:
                 f"the rows of '{self.path}' have no id column, so no id names one: hand the rows themselves to erase_rows(), or "
                 "give --rows a file of them."
             )
-        return self._erase(row_ids([str(one) for one in ids], settings.salt))
+        named = [str(one) for one in ids]
+        if not named:
+            raise StreamError("no row to erase is named: give ids, one at least.")
+        found = row_ids(named, settings.salt)
+        return self._erase(lambda: found)
 
     def erase_rows(self, rows: Any) -> Erasure:
         """As :meth:`erase`, of rows that are given themselves, in any form that :meth:`update` takes."""
         settings = self.folder.settings
-        return self._erase(read_rows(rows, settings.columns, settings.objective, settings.salt).ids)
+        return self._erase(lambda: read_rows(rows, settings.columns, settings.objective, settings.salt).ids)
 
-    def _erase(self, rows: Tensor) -> Erasure:
-        with self.folder.writing("erase"), own_cache(self.path / "cache"):
-            return erase(self.folder, rows, self.trust)
+    def _erase(self, rows: Callable[[], Tensor]) -> Erasure:
+        with self.folder.writing("erase"), self.folder.cached():
+            return erase(self.folder, rows(), self.trust)
 
     def learner(self, version: int | None = None, *, device: str = "auto") -> Learner:
         """The learner of a version (the live one)."""
@@ -310,6 +320,38 @@ class Store:
         for name, piece in self.folder.manifest(version).pieces.items():
             if name != "report":
                 self.folder.objects.check(piece, f"{name} of version {version}")
+
+
+class _Asked(Spec):
+    """What a store is made with, as far as nothing else checks it."""
+
+    seed: NonNegativeInt
+    scenario: Scenario
+    objective: Objective
+
+
+def _check_columns(columns: Columns) -> None:
+    """Raise :class:`SpecError` where texts and features are both named, or a column is two things."""
+    given = columns.model_dump(exclude_none=True)
+    text = next((name for name in ("text", "prompt", "completion", "messages") if name in given), None)
+    if columns.features and text is not None:
+        raise SpecError(f"the columns: both 'features' and '{text}' are named: name one of them.")
+    met: dict[str, str] = {}
+    for what, value in given.items():
+        for name in value if isinstance(value, list) else [value]:
+            if name in met:
+                raise SpecError(
+                    f"the columns: '{name}' is named for '{met[name]}' and for '{what}': name each column once."
+                )
+            met[name] = what
+
+
+def _check_model(spec: ModelSpec, base: str | None) -> None:
+    """Raise where what the model is named by is not there; a name of the hub is only looked for when it is needed."""
+    if isinstance(spec, ModuleSpec):
+        module_class(spec)
+    if isinstance(spec, PretrainedSpec) and base is None and is_path(spec.name):
+        resolve(spec.name)
 
 
 def _rule_text(rules: Any, checked: Rules) -> str:

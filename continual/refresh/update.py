@@ -17,14 +17,15 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from continual.errors import ContinualError, StateError, shown
+from continual.errors import ContinualError, ModelError, StateError, shown
 from continual.learner import Learner
+from continual.models.build import base_on_disk
 from continual.monitor.evaluation import evaluating
 from continual.objective import PRIMARY
 from continual.parts.replay.store import KeepsRows
 from continual.provenance import commit, now, versions
 from continual.refresh.drift import compare, stopped_by
-from continual.refresh.folder import Folder
+from continual.refresh.folder import Folder, no_link
 from continual.refresh.intake import Divided, Offered, check_form, check_labels, divide, read_rows, without
 from continual.refresh.judge import judge
 from continual.refresh.measuring import measured_in, seconds_in_turns
@@ -50,7 +51,6 @@ from continual.strategy import Strategy
 from continual.streams.check import require_experience
 from continual.streams.convert import as_experience
 from continual.streams.experience import Experience
-from continual.streams.folders import own_cache
 from continual.table import Table, TensorTable, concat, to_device
 
 COLUMNS = ("input_ids", "attention_mask", "inputs", "labels", "row")
@@ -99,18 +99,14 @@ class Update:
         self.settings, self.live = folder.settings, folder.current()
         self.begun = time.perf_counter()
         self._notes = self._known_classes = 0
-        self.cache = folder.path / "cache"
-        with own_cache(self.cache):
+        with folder.cached():
             self.offered = read_rows(data, self.settings.columns, self.settings.objective, self.settings.salt)
         self.strategy = Strategy.load({**self.settings.strategy, "name": self.settings.strategy_name})
 
     def __call__(self) -> Outcome:
         """Go through with it, from the start or from where it was killed."""
-        with own_cache(self.cache):
-            try:
-                return self._go()
-            finally:
-                shutil.rmtree(self.cache, ignore_errors=True)
+        with self.folder.cached():
+            return self._go()
 
     def _go(self) -> Outcome:
         request = self._under_way()
@@ -167,7 +163,7 @@ class Update:
 
     def _under_way(self) -> Request | None:
         """The update that was killed, where there is one and it is this one; what was over is cleared away."""
-        path = self.folder.work / "update.json"
+        path = no_link(self.folder.work / "update.json")
         if not path.is_file():
             shutil.rmtree(self.folder.work, ignore_errors=True)
             return None
@@ -311,7 +307,12 @@ class Update:
     ) -> int:
         """Train, measure, judge, and add the version; returns its number."""
         strategy = Strategy.load(self.strategy, overrides=changed)
-        learner = self._learner(strategy, attempt, rules)
+        try:
+            learner = self._learner(strategy, attempt, rules)
+        except ContinualError:
+            if attempt == 0 and not any(self.folder.work.glob("try-*")):
+                self._done()
+            raise
         monitor = learner.monitor
         assert monitor is not None, "a store measures"
         if learner.updates == experience.index:
@@ -385,7 +386,7 @@ class Update:
 
     def _learner(self, strategy: Strategy, attempt: int, rules: Rules) -> Learner:
         """The learner of a try: from its checkpoint, from the live version, or a new one."""
-        place = self.folder.work / f"try-{attempt}"
+        place = no_link(self.folder.work / f"try-{attempt}")
         recover_folder(place)
         options: dict[str, Any] = {
             "device": self.options.device,
@@ -397,6 +398,12 @@ class Update:
             return Learner.load(place, strategy=strategy, trust=self.options.trust, **options)
         settings = self.settings
         if self.live is None:
+            found = base_on_disk(settings.model)
+            if settings.base_model_sha256 not in (None, found):
+                raise ModelError(
+                    f"the base model has SHA-256 {str(found)[:12]}…, and the store was made for {settings.base_model_sha256[:12]}…: "
+                    "put the same base model there, or make a new store."
+                )
             return Learner(
                 settings.model,
                 strategy,

@@ -103,7 +103,7 @@ def assemble(
         raise StreamError(f"{where}: there are no training rows: give at least one.")
     if not trusted:
         for part, raw in raws.items():
-            _check_features(raw.table, f"{where}, {part}")
+            check_features(raw.table, f"{where}, {part}")
     if overlap == "drop" and "test" in raws:
         before = {part: len(raw.table) for part, raw in raws.items()}
         raws = {part: raw if part == "test" else _without(raw, raws["test"]) for part, raw in raws.items()}
@@ -255,7 +255,8 @@ def _is_whole(name: str) -> bool:
     return digits.isascii() and digits.isdigit() and str(int(name)) == name
 
 
-def _check_features(table: Table, where: str) -> None:
+def check_features(table: Table, where: str) -> None:
+    """Raise :class:`StreamError` where a text is empty or a number is not finite; the sentence names the row."""
     for name in TEXTS:
         if name in table.names:
             for place, value in enumerate(table.strings(name)):
