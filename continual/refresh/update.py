@@ -246,8 +246,6 @@ class Update:
     def _drift(self, experience: Experience, parent: Learner | None, rules: Rules) -> Drift:
         if parent is None or parent.monitor is None:
             return Drift(new=len(experience.train))
-        holdouts = list(parent.monitor.tables().values())
-        holdout = concat(holdouts) if holdouts else None
 
         def features(table: Table) -> torch.Tensor:
             found = []
@@ -261,7 +259,7 @@ class Update:
         return compare(
             parent._encoded(experience.train),
             _memory(parent),
-            holdout=holdout,
+            holdouts=list(parent.monitor.tables().values()),
             features=features if parent.model.gives_features else None,
             class_names=experience.class_names,
             known=len(parent.class_names),
