@@ -10,7 +10,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,6 +121,7 @@ class Update:
         name = self._name(parent) if request is None else request.experience
         early = self.strategy.training.early_stopping is not None
         divided = divide(offered, rules.holdout, most=limit, valid=early)
+        offered = replace(offered, notes=(*offered.notes, *divided.notes))
         experience = self._experience(divided, name, parent)
         if request is None:
             started = time.perf_counter()

@@ -130,7 +130,16 @@ def refresh(name: str, months: list[Rows], tests: Rows, place: Path, out: Path) 
                 "state bytes": None if report is None else sum(report.bytes.values()),
             }
         )
-        print(name, label, outcome.happened, outcome.score, steps[-1]["seconds"], outcome.sentence, flush=True)
+        print(
+            name,
+            label,
+            outcome.happened,
+            outcome.score,
+            steps[-1]["seconds"],
+            steps[-1]["cost"],
+            outcome.sentence,
+            flush=True,
+        )
         for sentence in steps[-1]["drift"]:
             print("   drift:", sentence, flush=True)
         return outcome
