@@ -75,7 +75,7 @@ def compare(
             covariate shift and near-duplicates.
         class_names: of all classes, by id.
         known: classes with a smaller id were known before.
-        rules: how many rows are looked at, and from when on something counts.
+        rules: how many rows of a side are looked at, in each comparison, and from when on something counts.
         seed: of the draws.
         scenario: in ``domain`` every update is to have all classes.
         unknown_token: its id, where the tokenizer has one.

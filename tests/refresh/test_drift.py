@@ -88,7 +88,7 @@ def test_drifted_wording_is_found_and_named(
     assert drifted.p_value is not None and drifted.p_value < 0.01 and drifted.effect > 0.3
     assert drifted.names[0] == column and says in drifted.sentence
     assert len(drifted.names) == 1 or change is misspelt  # misspelt rows are longer as well
-    assert f"size {drifted.effect:.2f}" in drifted.sentence and "p < 0.001" in drifted.sentence
+    assert f"size {drifted.effect:.2f} of 1, reported from 0.1 on; p < 0.001, reported below 0.01" in drifted.sentence
 
 
 def test_topics_that_differ_in_length_are_no_news_where_rows_alone_would_be() -> None:
@@ -115,7 +115,7 @@ def test_wording_of_rows_without_classes_counts_from_what_topics_do_alone() -> N
     slight = drift_of(spoken(1, 4.7, 1000), [spoken(0, 4.0, 0)], 0, objective="causal-lm")
     assert slight.found == () and slight.tested == ("leakage", "form-shift")
     large = drift_of(spoken(1, 9.0, 1000), [spoken(0, 4.0, 0)], 0, objective="causal-lm")
-    assert kinds(large) == ["form-shift"] and "where 0.3 counts" in large.found[0].sentence
+    assert kinds(large) == ["form-shift"] and "reported from 0.3 on" in large.found[0].sentence
 
 
 # --- labels
@@ -275,6 +275,20 @@ def test_near_duplicates_are_found_in_hold_outs_and_in_the_memory() -> None:
         strict = DriftRules(similar=0.9999999)
         assert "near-duplicates" not in kinds(drift_of(new, [held], 2, features=inputs, rules=strict))
     assert "near-duplicates" not in kinds(drift_of(new, [held], 2, features=inputs))
+
+
+@pytest.mark.parametrize(
+    ("rows", "copies", "reported"), [(40, 2, False), (40, 12, True), (1500, 9, False), (1500, 30, True)]
+)
+def test_near_duplicates_must_be_more_than_usual_and_more_than_trifles(rows: int, copies: int, reported: bool) -> None:
+    generator = np.random.default_rng(1)
+    held = numbers(generator.normal(size=(rows, 24)), labels_of({0: rows}), 0)
+    fresh = generator.normal(size=(rows, 24))
+    fresh[:copies] = inputs(held)[:copies] * 2
+    drift = drift_of(
+        numbers(fresh, labels_of({0: rows}), 5000), [held], 1, features=inputs, rules=DriftRules(rows=2000)
+    )
+    assert ("near-duplicates" in kinds(drift)) == reported
 
 
 def test_features_in_which_all_rows_are_near_say_nothing() -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from drift_bench import UNKNOWN, goes_on, labels_of, shuffled, table, topic_rows
-from scipy.stats import chi2_contingency, ks_2samp
+from scipy.stats import chi2_contingency, fisher_exact, ks_2samp, mannwhitneyu
+from sklearn.linear_model import LogisticRegression
 
 from continual.monitor.gate import holm
 from continual.refresh import copies
@@ -187,3 +188,40 @@ def test_blocks_of_cosines_give_what_all_of_them_give(monkeypatch: pytest.Monkey
     assert 3 in hits and sorted(near.places.tolist()) == hits and near.places[0] == 3
     assert near.share == len(hits) / 30
     assert near.usual == int((among.amax(1) >= 0.9).sum()) / 25 >= 2 / 25
+
+
+def test_near_duplicates_are_counted_against_what_is_usual() -> None:
+    old = torch.tensor(generator().normal(size=(64, 40))).float()
+    new = torch.cat([old[:6] * 3, -old[:44]])
+    near = near_duplicates(new, old, 1.0)
+    assert near.share == 0.12 and near.usual == 0.0
+    assert near.p_value == pytest.approx(fisher_exact([[6, 44], [0, 64]], alternative="greater")[1])
+    assert near_duplicates(new, torch.cat([old, old]), 1.0).usual == 1.0
+
+
+def test_feature_shift_is_two_classifiers_judged_by_each_other() -> None:
+    labels = labels_of({3: 24, 8: 40})
+    new, old = (generator(side).normal(size=(64, 4)) + labels[:, None] + 0.6 * side for side in (1, 0))
+    rows, side, classes = np.concatenate([new, old]), np.repeat([1, 0], 64), np.concatenate([labels, labels])
+    halves: list[list[int]] = [[], []]
+    for place_class, place_side in ((3, 1), (3, 0), (8, 1), (8, 0)):
+        places = np.flatnonzero((classes == place_class) & (side == place_side))
+        halves[0] += places[::2].tolist()
+        halves[1] += places[1::2].tolist()
+    p_values, sizes = [], []
+    for learnt, judged in (halves, halves[::-1]):
+        centred = rows.copy()
+        for c in (3, 8):
+            centred[classes == c] -= rows[[place for place in learnt if classes[place] == c]].mean(0)
+        centred /= centred[learnt].std(0)
+        made = np.concatenate([centred, centred**2], axis=1)
+        scores = (
+            LogisticRegression(C=0.01, max_iter=500).fit(made[learnt], side[learnt]).decision_function(made[judged])
+        )
+        above = scores[side[judged] == 1], scores[side[judged] == 0]
+        sizes.append(2 * np.mean([(a > b) + (a == b) / 2 for a in above[0] for b in above[1]]) - 1)
+        p_values.append(mannwhitneyu(*above, alternative="greater", method="asymptotic").pvalue)
+    shift = feature_shift(new, old, labels, labels)
+    assert shift is not None
+    assert shift.p_value == pytest.approx(2 * min(p_values), rel=1e-4)
+    assert shift.effect == pytest.approx(np.mean(sizes), abs=1e-3)
