@@ -99,6 +99,7 @@ class Update:
         self.settings, self.live = folder.settings, folder.current()
         self.begun = time.perf_counter()
         self._notes = self._known_classes = 0
+        self._parent: Learner | None = None
         with folder.cached():
             self.offered = read_rows(data, self.settings.columns, self.settings.objective, self.settings.salt)
         self.strategy = Strategy.load({**self.settings.strategy, "name": self.settings.strategy_name})
@@ -133,7 +134,7 @@ class Update:
                 self.folder.journal.append("stopped", sentence=sentence)
                 return self._outcome("stopped", None, name, sentence, drift=drift)
             request = self._ask(offered, name, rules, drift, seconds)
-        del parent
+        self._parent, parent = parent, None
         data = Data(
             path=offered.path,
             sha256=offered.sha256,
@@ -411,6 +412,11 @@ class Update:
                 scenario=settings.scenario,
                 **options,
             )
+        ready, self._parent = self._parent, None
+        if ready is not None and ready.strategy.fingerprint() == strategy.fingerprint():
+            ready.folder, ready.save_every = place, options["save_every"]
+            ready.progress = self.options.progress
+            return ready
         return self._restored(self.live, strategy=strategy, resettle=True, **options)
 
     def _restored(self, version: int, **options: Any) -> Learner:
