@@ -34,7 +34,7 @@ from continual.provenance import now
 from continual.refresh.journal import Entry, Journal, live_entry, manifests_of
 from continual.refresh.objects import Objects, write_bytes
 from continual.refresh.pieces import State, join
-from continual.refresh.records import Count, Digest, Manifest, Record, Report, read_record, record_text
+from continual.refresh.records import Count, Digest, Manifest, Piece, Record, Report, read_record, record_text
 from continual.refresh.rules import Rules
 from continual.state import flush, read_object
 from continual.streams.experience import Scenario
@@ -48,6 +48,7 @@ OWN = (
 READS = 5
 """How often a reader looks again where a writer has just put something else in place."""
 
+_LIVE = re.compile(rb"[1-9][0-9]{0,8}\n")
 _NUMBER = re.compile(r"(?!0000$)(0[0-9]{3}|[1-9][0-9]{3,8})")
 _Found = TypeVar("_Found")
 
@@ -113,8 +114,10 @@ class Folder:
     def settings(self) -> Settings:
         """What the store is."""
         path = self.path / "store.json"
-        content, entries = _read(path), self.journal.read()
-        if not entries or entries[0].manifest != hashlib.sha256(content).hexdigest():
+        content, entries = read_file(path), self.journal.read()
+        if not entries:
+            raise StateError(f"'{self.journal.path}' is missing or empty: restore the store from a backup.")
+        if entries[0].manifest != hashlib.sha256(content).hexdigest():
             raise StateError(
                 f"'{path}' is not what was written (its SHA-256 is not the journal's): restore the store from a backup."
             )
@@ -122,28 +125,49 @@ class Folder:
 
     @property
     def rules(self) -> Rules:
-        """What updates are held to, as the file says now."""
-        return Rules.load(self.path / "rules.yaml")
+        """What updates are held to, as the file says now.
+
+        Raises:
+            StateError: there is no such file.
+            SpecError: it says something that is not allowed.
+        """
+        path = no_link(self.path / "rules.yaml")
+        if not path.is_file():
+            raise StateError(
+                f"'{path}' is missing: write the rules anew ('{{}}' takes every default), or restore the file."
+            )
+        return Rules.load(path)
 
     # Reading
 
     def under_way(self) -> str | None:
         """The rows of an update that has begun and is not done, as they were named; None where there is none."""
         path = no_link(self.work / "update.json")
-        return str(read_object(path, "give the update's command again.").get("path")) if path.is_file() else None
+        advice = "give the update's command again with --abandon."
+        return str(read_object(path, advice).get("path")) if path.is_file() else None
 
     def current(self) -> int | None:
-        """The live version, None where none is."""
+        """The live version, None where none is.
+
+        Raises:
+            StateError: the file that names it is damaged or missing.
+        """
+        return self._again(self._current)
+
+    def _current(self) -> int | None:
         path = self.path / "CURRENT"
-        try:
-            text = path.read_text(encoding="ascii").strip()
-            return int(text)
-        except FileNotFoundError:
+        content = read_file(path) if path.exists() else None
+        if content is not None and _LIVE.fullmatch(content):
+            return int(content)
+        entries = self.journal.read()
+        live = live_entry(entries)
+        if live is None and content is None:
             return None
-        except (OSError, ValueError) as error:
-            raise StateError(
-                f"'{path}' names no version ({error}): `continual store rollback {self.path}` puts it right."
-            ) from error
+        if live is not None and content is None and live is entries[-1] and live_entry(entries[:-1]) is None:
+            return live.version  # promised, and about to be written
+        what = "is missing" if content is None else "names no version"
+        mend = "remove it" if live is None else f"`continual store promote {self.path} {live.version}` puts it right"
+        raise StateError(f"'{path}' {what}: {mend}.")
 
     def numbers(self) -> list[int]:
         """Every version there is, rising."""
@@ -163,12 +187,14 @@ class Folder:
         """What is known of a version."""
 
         def read() -> Report:
-            manifest = self._manifest(version)
+            piece = self._piece(version, "report")
+            for path in self.places(version, "report.json"):
+                content = read_file(path)
+                if hashlib.sha256(content).hexdigest() == piece.sha256:
+                    return read_record(Report, content, f"'{path}'")
             path = self.place(version) / "report.json"
-            content = _read(path)
-            if hashlib.sha256(content).hexdigest() != manifest.pieces["report"].sha256:
-                raise StateError(f"'{path}' is not what was written (its SHA-256 differs): restore it from a backup.")
-            return read_record(Report, content, f"'{path}'")
+            what = "is not what was written (its SHA-256 differs)" if path.is_file() else "is missing"
+            raise StateError(f"'{path}' {what}: restore it from a backup.")
 
         return self._again(read)
 
@@ -181,27 +207,32 @@ class Folder:
 
         def read() -> State:
             pieces = self._manifest(version).pieces
-            return join({name: self.objects.read(piece, f"{name} of version {version}") for name, piece in pieces.items()
-                         if name not in ("report", "form")})  # fmt: skip
+            found = {name: self.objects.read(piece, f"{name} of version {version}") for name, piece in pieces.items()
+                     if name not in ("report", "form")}  # fmt: skip
+            try:
+                return join(found)
+            except (LookupError, TypeError, AttributeError, ValueError) as error:
+                raise StateError(
+                    f"version {version} is no whole state ({type(error).__name__}: {error}): restore the store from a backup."
+                ) from error
 
         return self._again(read)
 
     def piece(self, version: int, name: str) -> State:
         """One piece of a version's state."""
-        return self._again(
-            lambda: self.objects.read(self._manifest(version).pieces[name], f"{name} of version {version}")
-        )
+        return self._again(lambda: self.objects.read(self._piece(version, name), f"{name} of version {version}"))
 
     def digest(self, version: int) -> str:
         """SHA-256 that the manifest of a version has now."""
-        return manifests_of(self.journal.read())[version]
+        self.manifest(version)
+        return self._digests()[version][-1]
 
     def erased(self) -> Tensor:
         """Ids of the rows that were erased, int64 (N,), so that no later update brings them back."""
         path = self.path / "erased.json"
         if not path.is_file():
             return torch.empty(0, dtype=torch.int64)
-        return torch.tensor(read_record(Erased, _read(path), f"'{path}'").rows, dtype=torch.int64)
+        return torch.tensor(read_record(Erased, read_file(path), f"'{path}'").rows, dtype=torch.int64)
 
     def line(self, version: int | None) -> list[int]:
         """A version and those that it was trained on from, the first one first."""
@@ -225,50 +256,52 @@ class Folder:
         """
         return no_link(self.versions / f"{version:04d}")
 
-    def _manifest(self, version: int) -> Manifest:
-        path = self.place(version) / "manifest.json"
-        if not path.is_file():
-            there = self.numbers()
-            known = f"there are {there[0]} to {there[-1]}" if there else "there is none yet"
-            raise StateError(f"'{self.path}' has no version {version}: {known}.")
-        content = _read(path)
-        digests = self._digests()
-        if hashlib.sha256(content).hexdigest() not in digests.get(version, ()):
-            raise StateError(
-                f"'{path}' is not what was written (its SHA-256 is not in the journal): restore the store from a backup."
-            )
-        return read_record(Manifest, content, f"'{path}'")
+    def places(self, version: int, name: str) -> list[Path]:
+        """The files of a version that are called so: in its place, and beside it while what was promised is not yet done."""
+        folders = (self.place(version), no_link(self.staged / f"{version:04d}"))
+        return [path for path in (no_link(folder / name) for folder in folders) if path.is_file()]
 
-    def _digests(self) -> dict[int, set[str]]:
-        """Version → every SHA-256 that its manifest has had; read again when the journal grew."""
+    def _manifest(self, version: int) -> Manifest:
+        found = [(read_file(path), path) for path in self.places(version, "manifest.json")]
+        known, there = self._digests().get(version, []), self.numbers()
+        for digest in reversed(known):
+            for content, path in found:
+                if hashlib.sha256(content).hexdigest() == digest:
+                    return read_record(Manifest, content, f"'{path}'")
+        if not known and version not in there:
+            other = f"there are {there[0]} to {there[-1]}" if there else "there is none yet"
+            raise StateError(f"'{self.path}' has no version {version}: {other}.")
+        what = "is not what was written (its SHA-256 is not in the journal)" if found else "is missing"
+        raise StateError(f"'{self.place(version) / 'manifest.json'}' {what}: restore the store from a backup.")
+
+    def _piece(self, version: int, name: str) -> Piece:
+        pieces = self._manifest(version).pieces
+        if name not in pieces:
+            raise StateError(f"version {version} has no piece '{name}': restore the store from a backup.")
+        return pieces[name]
+
+    def _digests(self) -> dict[int, list[str]]:
+        """Version → every SHA-256 that its manifest has had, the newest last; read again when the journal grew."""
         stat = self.journal.path.stat() if self.journal.path.exists() else None
         mark = None if stat is None else (stat.st_size, stat.st_mtime_ns, stat.st_ino)
         if getattr(self, "_known_mark", ()) != mark:
-            found: dict[int, set[str]] = {}
+            found: dict[int, list[str]] = {}
             for entry in self.journal.read():
                 for version, digest in manifests_of([entry]).items():
-                    found.setdefault(version, set()).add(digest)
+                    found.setdefault(version, []).append(digest)
             self._known, self._known_mark = found, mark
         return self._known
 
     def _again(self, read: Callable[[], _Found]) -> _Found:
+        """What ``read`` gives; tried once more where it fails, and more often while somebody writes."""
         for attempt in range(READS):
             try:
                 return read()
             except StateError:
-                if attempt == READS - 1 or not self._being_written():
+                if attempt == READS - 1 or (attempt and not (self.path / ".holder").exists()):
                     raise
-                time.sleep(0.05 * 2**attempt)
+                time.sleep(0.02 * 2**attempt)
         raise AssertionError
-
-    def _being_written(self) -> bool:
-        lock = FileLock(self.path / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except (Timeout, OSError):
-            return True
-        lock.release()
-        return False
 
     # Writing
 
@@ -311,7 +344,15 @@ class Folder:
             lock.release()
 
     def recover(self) -> None:
-        """Finish what was promised in the journal and remove what was not; call it as the only writer."""
+        """Finish what was promised in the journal and remove what was not; call it as the only writer.
+
+        Raises:
+            StateError: the disk is full or cannot be written; what is not finished stays promised.
+        """
+        with self._on_disk():
+            self._recover()
+
+    def _recover(self) -> None:
         self.journal.mend()
         shutil.rmtree(self.path / "cache", ignore_errors=True)
         for folder in (self.path, self.versions, self.staged):
@@ -319,14 +360,11 @@ class Folder:
                 shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
         entries = self.journal.read()
         self._settle(entries)
-        live = live_entry(entries)
-        wanted = None if live is None else live.version
-        try:
-            found = self.current()
-        except StateError:
-            found = -1
-        if wanted is not None and found != wanted:
-            self._point(wanted)
+        live, path = live_entry(entries), self.path / "CURRENT"
+        if live is None or live.version is None:
+            path.unlink(missing_ok=True)
+        elif not path.is_file() or path.read_bytes() != _pointer(live.version):
+            self._point(live.version)
 
     def stage(self, manifest: Manifest, report: Report) -> str:
         """Put a version's manifest and report beside its place; returns the manifest's SHA-256, for the journal."""
@@ -334,7 +372,8 @@ class Folder:
         text = record_text(manifest).encode()
         write_bytes(folder / "report.json", record_text(report).encode())
         write_bytes(folder / "manifest.json", text)
-        flush(self.staged)
+        with self._on_disk():
+            flush(self.staged)
         return hashlib.sha256(text).hexdigest()
 
     def add(self, manifest: Manifest, report: Report) -> None:
@@ -366,9 +405,26 @@ class Folder:
     def sweep(self) -> int:
         """Remove every object that no version is made of."""
         used = {piece.sha256 for version in self.numbers() for piece in self.manifest(version).pieces.values()}
-        return self.objects.sweep(used)
+        with self._on_disk():
+            return self.objects.sweep(used)
+
+    @contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        """What the system refuses inside becomes a :class:`StateError`."""
+        try:
+            yield
+        except OSError as error:
+            raise StateError(
+                f"'{self.path}' could not be written ({error.strerror or error}): free some space or mend its permissions, then "
+                "give the same command again."
+            ) from error
 
     def _settle(self, entries: list[Entry]) -> None:
+        """Put what is staged and was promised in its place, and remove what was not."""
+        with self._on_disk():
+            self._put_in_place(entries)
+
+    def _put_in_place(self, entries: list[Entry]) -> None:
         if not self.staged.is_dir():
             return
         wanted = manifests_of(entries)
@@ -386,7 +442,7 @@ class Folder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _point(self, version: int) -> None:
-        write_bytes(self.path / "CURRENT", f"{version}\n".encode())
+        write_bytes(self.path / "CURRENT", _pointer(version))
 
     def _holder(self) -> str:
         try:
@@ -406,6 +462,7 @@ def make_folder(path: Path, settings: Settings, rules: str) -> Folder:
         StateError: there is something in it, or it cannot be written.
     """
     path = Path(path)
+    made = not path.exists()
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise StateError(f"'{path}' is not empty: name a new folder for the store.")
     try:
@@ -424,8 +481,16 @@ def make_folder(path: Path, settings: Settings, rules: str) -> Folder:
     except BaseException:
         for name in ("rules.yaml", "journal.jsonl", "store.json"):
             (path / name).unlink(missing_ok=True)
+        if made:
+            with suppress(OSError):
+                path.rmdir()
         raise
     return Folder(path)
+
+
+def _pointer(version: int) -> bytes:
+    """What ``CURRENT`` says where a version is live."""
+    return f"{version}\n".encode()
 
 
 def no_link(path: Path) -> Path:
@@ -439,7 +504,12 @@ def no_link(path: Path) -> Path:
     return path
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """A file of a store.
+
+    Raises:
+        StateError: it is a link, or cannot be read.
+    """
     try:
         return no_link(path).read_bytes()
     except OSError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,7 +19,7 @@ from pydantic import Field
 from continual.errors import StateError
 from continual.monitor.gate import Answer
 from continual.provenance import now
-from continual.refresh.records import Count, Digest, Record, read_record
+from continual.refresh.records import Count, Digest, Record, VersionName, read_record
 
 Happening = Literal["created", "made", "promoted", "rolled back", "stopped", "abandoned", "erased"]
 GOES_LIVE: tuple[Happening, ...] = ("promoted", "rolled back")
@@ -46,7 +47,7 @@ class Entry(Record):
     parent: Annotated[int, Ge(1)] | None = None
     fingerprint: Digest | None = None
     answer: Answer | None = None
-    manifests: dict[str, Digest] = Field(default_factory=dict)
+    manifests: dict[VersionName, Digest] = Field(default_factory=dict)
     rows: Count = 0
     sentence: str = ""
     before: Digest = FIRST
@@ -84,7 +85,10 @@ class Journal:
         Raises:
             StateError: the disk is full or cannot be written; the journal is as it was.
         """
-        self.mend()
+        try:
+            self.mend()
+        except OSError as error:
+            raise self._unwritten(error) from error
         lines = self._lines()
         before = hashlib.sha256(lines[-1]).hexdigest() if lines else FIRST
         entry = Entry.model_validate({"number": len(lines), "time": now(), "event": event, "before": before, **content})
@@ -97,12 +101,9 @@ class Journal:
                     raise OSError(28, "no space left on the device")
                 os.fsync(file.fileno())
         except OSError as error:
-            if self.path.exists():
+            with suppress(OSError):
                 os.truncate(self.path, size)
-            raise StateError(
-                f"'{self.path}' could not be written ({error.strerror or error}); nothing was done: free some space or mend the "
-                "permissions, then give the same command again."
-            ) from error
+            raise self._unwritten(error) from error
         return entry
 
     def mend(self) -> None:
@@ -111,6 +112,12 @@ class Journal:
         whole = content.rfind(b"\n") + 1
         if whole != len(content):
             os.truncate(self.path, whole)
+
+    def _unwritten(self, error: OSError) -> StateError:
+        return StateError(
+            f"'{self.path}' could not be written ({error.strerror or error}); nothing was done: free some space or mend the "
+            "permissions, then give the same command again."
+        )
 
     def _lines(self) -> list[bytes]:
         try:

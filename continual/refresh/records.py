@@ -19,6 +19,7 @@ FORMAT = 1
 Count = Annotated[int, Ge(0)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 """Hexadecimal SHA-256."""
+VersionName = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,8}$")]
 PieceName = Annotated[str, StringConstraints(pattern=r"^[a-z]+(/[0-9]{4,})?$")]
 
 

@@ -169,11 +169,20 @@ class Update:
         if not path.is_file():
             shutil.rmtree(self.folder.work, ignore_errors=True)
             return None
-        request = read_record(Request, path.read_bytes(), f"'{path}'")
         if self.options.abandon:
-            self.folder.journal.append("abandoned", sentence=f"the update with '{request.path}' was given up")
+            try:
+                what = f"the update with '{self.folder.under_way()}'"
+            except StateError:
+                what = "an update of which nothing could be read"
+            self.folder.journal.append("abandoned", sentence=f"{what} was given up")
             self._done()
             return None
+        try:
+            request = read_record(Request, path.read_bytes(), f"'{path}'")
+        except (OSError, StateError) as error:
+            raise StateError(
+                f"'{path}', which tells of an update that broke off, is damaged: add --abandon to give it up."
+            ) from error
         tries = [number for number in self.folder.numbers() if number >= request.first]
         over = len(tries) > len(Rules.model_validate(request.rules).ladder.settings)
         if self.live in tries or (over and request.fingerprint != self.offered.fingerprint):

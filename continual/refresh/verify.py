@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
-from continual.errors import ContinualError
-from continual.refresh.folder import Folder
+from continual.errors import ContinualError, StateError
+from continual.refresh.folder import Folder, read_file
 from continual.refresh.journal import Entry, live_entry, manifests_of
 from continual.refresh.records import Manifest, Piece, read_record
 
@@ -29,14 +28,15 @@ def verify(folder: Folder) -> list[str]:
     manifests: dict[int, Manifest] = {}
     wanted = manifests_of(entries)
     for version, digest in wanted.items():
-        found, sentence = _manifest(folder, version, digest)
-        if found is None:
-            wrong.append(sentence)
-        else:
-            manifests[version] = found
+        try:
+            manifests[version] = _manifest(folder, version, digest)
+        except ContinualError as error:
+            wrong.append(str(error))
     for number in folder.numbers():
         if number not in wanted:
-            wrong.append(f"'{folder.place(number)}' is no version that the journal knows: do not trust it, remove it.")
+            wrong.append(
+                f"'{folder.versions / f'{number:04d}'}' is no version that the journal knows: do not trust it, remove it."
+            )
     for version, manifest in manifests.items():
         if manifest.parent is not None and manifest.parent_manifest != wanted.get(manifest.parent):
             wrong.append(
@@ -55,29 +55,17 @@ def verify(folder: Folder) -> list[str]:
     return wrong + _current(folder, entries)
 
 
-def _manifest(folder: Folder, version: int, digest: str) -> tuple[Manifest | None, str]:
-    places = [folder.place(version), folder.staged / f"{version:04d}"]
-    for place in places:
-        path = place / "manifest.json"
-        if path.is_file() and not path.is_symlink():
-            content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest() == digest:
-                try:
-                    manifest = read_record(Manifest, content, f"'{path}'")
-                except ContinualError as error:
-                    return None, str(error)
-                return _report(places, manifest)
-    there = places[0] / "manifest.json"
-    what = "is not what was written (its SHA-256 is not the journal's)" if there.is_file() else "is missing"
-    return None, f"'{there}' {what}: restore the store from a backup."
-
-
-def _report(places: list[Path], manifest: Manifest) -> tuple[Manifest | None, str]:
-    for place in places:
-        path = place / "report.json"
-        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == manifest.pieces["report"].sha256:
-            return manifest, ""
-    return None, f"'{places[0] / 'report.json'}' is missing or not what was written: restore the store from a backup."
+def _manifest(folder: Folder, version: int, digest: str) -> Manifest:
+    """The manifest that the journal wants, whose report is the one that was written."""
+    for path in folder.places(version, "manifest.json"):
+        content = read_file(path)
+        if hashlib.sha256(content).hexdigest() == digest:
+            manifest = read_record(Manifest, content, f"'{path}'")
+            folder.report(version)
+            return manifest
+    path = folder.place(version) / "manifest.json"
+    what = "is not what was written (its SHA-256 is not the journal's)" if path.is_file() else "is missing"
+    raise StateError(f"'{path}' {what}: restore the store from a backup.")
 
 
 def _current(folder: Folder, entries: list[Entry]) -> list[str]:
