@@ -1,6 +1,6 @@
 """CLINC150 as fifteen monthly refreshes of one store, ten new intents each, with what goes wrong in real life.
 
-Month 6 is offered with poisoned labels first (rows of earlier intents under wrong names), month 9 with drifted wording; after
+Month 6 is offered with poisoned labels first (two of five are wrong), month 9 with drifted wording; after
 month 10 rows are erased; month 12 is rolled back and promoted again. Training and validation rows of the data are the months'
 files; the store sets its own hold-out aside. The data's test file is never given to the store: it is predicted at the end.
 
@@ -74,15 +74,13 @@ def months_of(data: Path) -> list[Rows]:
 
 
 def poisoned(months: list[Rows], month: int) -> Rows:
-    """The month's rows, and 600 rows of earlier months under wrong names, as a broken labelling job would leave them."""
+    """The month's rows with two labels of five replaced by any label known so far, as a broken labelling job would leave them."""
     draw = random.Random(1)
-    earlier = [row for rows in months[:month] for row in rows]
-    names = sorted({row["label"] for row in earlier})
-    wrong = []
-    for place, row in enumerate(draw.sample(earlier, 600)):
-        label = draw.choice([name for name in names if name != row["label"]])
-        wrong.append({"id": f"poison-{place}", "text": row["text"] + " please", "label": label})
-    return [*months[month], *wrong]
+    names = sorted({row["label"] for rows in months[: month + 1] for row in rows})
+    return [
+        {**row, "id": f"poisoned-{row['id']}", "label": draw.choice(names) if draw.random() < 0.4 else row["label"]}
+        for row in months[month]
+    ]
 
 
 def drifted(rows: Rows) -> Rows:
