@@ -19,7 +19,7 @@ from continual.errors import StateError
 from continual.learner import Learner
 from continual.refresh.folder import Erased, Folder
 from continual.refresh.objects import write_bytes
-from continual.refresh.pieces import split
+from continual.refresh.pieces import entries_of, split
 from continual.refresh.records import Drift, Piece, Report, record_text
 
 
@@ -97,11 +97,10 @@ def erase(folder: Folder, rows: Tensor, trust: Sequence[str]) -> Erasure:
 def _touched(folder: Folder, version: int, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Those of ``rows`` that a version was given, and those that its weights were trained on."""
     held, taught = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-    for name in folder.manifest(version).pieces:
-        if name.startswith("ledger/"):
-            entry = folder.piece(version, name)
-            taught.append(entry["trained_ids"])
-            held += [entry["trained_ids"], entry["tested_ids"]]
+    names = [name for name in folder.manifest(version).pieces if name.startswith("ledger/")]
+    for entry in entries_of({name: folder.piece(version, name) for name in names}, "ledger").values():
+        taught.append(entry["trained_ids"])
+        held += [entry["trained_ids"], entry["tested_ids"]]
     return rows[torch.isin(rows, torch.cat(held))], rows[torch.isin(rows, torch.cat(taught))]
 
 

@@ -14,9 +14,12 @@ from continual.learner import Learner
 from continual.monitor.evaluation import evaluating
 from continual.monitor.metrics import defined
 from continual.monitor.monitor import Monitor
+from continual.refresh.bounds import mean_interval
 from continual.refresh.records import Measured
 from continual.table import Table, to_device
 
+LEVEL = 0.025
+"""Of each end of an interval."""
 ROWS = 64
 TURNS = 5
 
@@ -25,19 +28,20 @@ def measured_in(monitor: Monitor) -> tuple[Measured, ...]:
     """Mean scores of every experience and probe at the last update, when it was learnt, and at the update before."""
     last = monitor.updates() - 1
     learnt, before = monitor.pairs(), monitor.pairs(before=last - 1) if last else {}
-    low, high = monitor.last_intervals()
-    rows = {name: len(table) for name, table in zip(monitor.names(), monitor.tables().values(), strict=False)}
+    now = monitor.scores()
     found = []
-    for place, (name, score) in enumerate(zip(monitor.names(), monitor.matrix()[last], strict=True)):
+    for name, score_N in now.items():
+        low, high = (None, None) if score_N is None else mean_interval(score_N, LEVEL)
+        score = None if score_N is None or not len(score_N) else defined(float(score_N.mean()))
         found.append(
             Measured(
                 name=name,
-                rows=rows.get(name, 0),
-                score=defined(score),
-                low=defined(low[place]),
-                high=defined(high[place]),
-                learnt=defined(learnt[name][0].mean()) if name in learnt else defined(score),
-                before=defined(before[name][0].mean()) if name in before else None,
+                rows=0 if score_N is None else len(score_N),
+                score=score,
+                low=low,
+                high=high,
+                learnt=defined(float(learnt[name][0].mean())) if name in learnt else score,
+                before=defined(float(before[name][0].mean())) if name in before else None,
             )
         )
     for name, history in monitor.probe_history().items():

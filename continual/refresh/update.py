@@ -327,7 +327,7 @@ class Update:
         if learner.updates == experience.index:
             monitor.thin(holdout_rows(rules, experience.index))
             try:
-                learner.update(experience)
+                learner.update(experience, tree=False)
             except StateError:
                 raise
             except ContinualError:
