@@ -9,23 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 import yaml
 from battery import STRATEGIES, figures, learner_for, run_with_cuts, same_weights
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config
+from text_bench import WORDS, tiny_gpt2
 
 from continual import Stream
 from continual.errors import CompositionError, SpecError, StateError
 from continual.models.build import build_model, gives_features
-from continual.randomness import Randomness
 from continual.run import run_cell
 from continual.strategy import Strategy
 from continual.study import Study
 
 LANGUAGE = [name for name in STRATEGIES if name.startswith("lm-")]
-WORDS = ["red", "green", "blue", "one", "two", "three", "warm", "cold", "wet", "dry", "up", "down"]
 
 # peft 0.21 reads an attribute that transformers 5.23 has deprecated (seen November 2026).
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -33,17 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random GPT-2 of 16 features with a tokenizer of a dozen words, as save_pretrained writes them."""
-    place = tmp_path_factory.mktemp("gpt2")
-    words = {word: index for index, word in enumerate(["<unk>", "<end>", *WORDS])}
-    config = GPT2Config(vocab_size=len(words), n_embd=16, n_layer=1, n_head=2, n_positions=24, eos_token_id=1)
-    with Randomness(0).framework():
-        transformers.GPT2LMHeadModel(config).save_pretrained(place)
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>")
-    fast.save_pretrained(place)
-    return place
+    return tiny_gpt2(tmp_path_factory.mktemp("gpt2"))
 
 
 def texts(offset: int) -> list[dict[str, Any]]:

@@ -228,11 +228,16 @@ class Part:
         return tensor_bytes(self.state_dict())
 
     def rows(self) -> Tensor:
-        """Ids of the rows that it holds, int64 (N,)."""
+        """Ids of the rows that it holds, int64 (N,): kept as they came, or as the only row in a sum, a mean or a prototype.
+
+        What several rows went into (weights, sums, a Fisher) holds none of them.
+        """
         return torch.empty(0, dtype=torch.int64)
 
     def erase(self, rows: Tensor) -> int:
-        """Give up the rows with these ids, for good; returns how many it held."""
+        """Give up the rows with these ids, for good: no byte of them stays in memory or in the state, nor of what an id can be
+        computed from. Returns how many it held.
+        """
         return 0
 
 

@@ -123,7 +123,7 @@ def _front(card: Card, told: Mapping[str, Any]) -> dict[str, Any]:
         found["base_model_relation"] = "adapter" if told["adapters"] else "finetune"
     transformer = told["form"] in ("features", "language", "transformer")
     found["library_name"] = "peft" if told["adapters"] else "transformers" if transformer else "pytorch"
-    tags = {"classification": "text-classification", "causal-lm": "text-generation", "seq2seq": "text2text-generation"}
+    tags = {"classification": "text-classification", "causal-lm": "text-generation"}
     if transformer and told["objective"] in tags:
         found["pipeline_tag"] = tags[told["objective"]]
     lora = told["adapters"] and not told["virtual"]

@@ -13,8 +13,8 @@ Everything in it is read by stock torch, transformers, peft and safetensors:
 ``tokenizer.json`` …           the tokenizer, with its chat template
 =============================  ============================================================================================
 
-What cannot be given so is refused in a sentence, before anything is written. The folder is written beside its place, flushed,
-sealed and renamed; what is there and is no export is left alone.
+What cannot be given so is refused in a sentence, and nothing is left of the attempt. The folder is written beside its place,
+flushed, sealed and renamed; what is there and is no export is left alone.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ _FILES = {
     "inference.json": "what the code above reads",
     "labels.json": "names of the classes",
     "adapter_config.json": "the adapter, as PEFT and vLLM read it, with `adapter_model.safetensors`",
+    "continual.json": "which base the adapter belongs to, and its ranks",
     "0": "the adapter of the first experience, and `1` and so on those of the others",
     "router.safetensors": "features of the base that tell which adapter a row goes to",
     "config.json": "of the transformer",
@@ -111,17 +112,17 @@ def _check_learner(learner: Learner) -> None:
         raise CompositionError(
             f"{learner.strategy.engine.name} answers in place of our model and head: save what it trained with its own library."
         )
+    if not learner.updates or learner._failed is not None or learner._pending is not None:
+        raise StateError(
+            "the learner has learnt nothing yet, or stands in the middle of an update and would export a half-trained model: "
+            "finish the update, or load its last save."
+        )
     for part in learner.parts:
         if part.slot == "recall":
             raise CompositionError(
                 f"{part.name} looks rows up while it answers, which no stock library does: serve the learner itself, or learn "
                 "without it."
             )
-    if not learner.updates or learner._failed is not None or learner._pending is not None:
-        raise StateError(
-            "the learner stands in the middle of an update, and what it exported would be half trained: finish the update, or "
-            "load its last save."
-        )
 
 
 def _write(learner: Learner, folder: Path, card: Card, max_rank: int | None, only: int | None) -> None:

@@ -65,11 +65,15 @@ class Offered:
 
 @dataclass(frozen=True)
 class Divided:
-    """The rows of an update as tables with ``labels`` and ``row``: what trains, selects and measures."""
+    """The rows of an update as tables with ``labels`` and ``row``: what trains, selects and measures.
+
+    ``notes`` say which rows are in none of them.
+    """
 
     train: Table
     valid: Table | None
     holdout: Table | None
+    notes: tuple[str, ...] = ()
 
 
 def read_rows(data: Any, columns: Columns, objective: Objective, salt: str) -> Offered:
@@ -172,7 +176,7 @@ def check_labels(offered: Offered, known: Sequence[str], scenario: Scenario, acc
 def divide(offered: Offered, rules: HoldoutRules, *, most: int, valid: bool) -> Divided:
     """Set the hold-out aside, and rows to select on where the strategy needs them.
 
-    Every class keeps at least one training row.
+    Every class keeps at least one training row. Rows with the content of a hold-out row are not trained on.
 
     Args:
         most: hold-out rows, at most.
@@ -187,18 +191,24 @@ def divide(offered: Offered, rules: HoldoutRules, *, most: int, valid: bool) -> 
     if valid:
         rest = order_N[wanted:]
         chosen_N[rest[: min(max(round(rules.valid * len(rest)), 1), len(rest) - 1)]] = True
+    keys_N = row_keys(offered.raw.table)
+    copies_N = torch.from_numpy(np.isin(keys_N, keys_N[held_N.numpy()])) & ~held_N
     if offered.names:
         _, class_N = np.unique(np.asarray(offered.names, dtype=object).astype(str), return_inverse=True)
-        training_K = np.bincount(class_N[(~held_N & ~chosen_N).numpy()], minlength=class_N.max() + 1)
+        trains_N = (~held_N & ~chosen_N & ~copies_N).numpy()
+        training_K = np.bincount(class_N[trains_N], minlength=class_N.max() + 1)
         for empty in np.flatnonzero(training_K == 0):
             own = order_N[torch.from_numpy(class_N[order_N.numpy()] == empty)]
-            held_N[own[-1]] = chosen_N[own[-1]] = False
-    parts = [(~held_N & ~chosen_N), chosen_N, held_N]
+            own = own[torch.from_numpy(keys_N[own.numpy()] == keys_N[int(own[-1])])]
+            held_N[own] = chosen_N[own] = copies_N[own] = False
+    parts = [~held_N & ~chosen_N & ~copies_N, chosen_N & ~copies_N, held_N]
     train, selects, measures = (
         _table(offered, part.nonzero().flatten()) if bool(part.any()) else None for part in parts
     )
     assert train is not None, "one row trains at least"
-    return Divided(train, selects, measures)
+    left = int(copies_N.sum())
+    note = f"{left} rows of '{offered.path}' have the content of hold-out rows and are not trained on."
+    return Divided(train, selects, measures, (note,) if left else ())
 
 
 def _raw(data: Any, columns: Columns, objective: Objective) -> tuple[str, str | None, Raw]:

@@ -17,8 +17,8 @@ from continual.monitor.monitor import Monitor
 from continual.refresh.records import Measured
 from continual.table import Table, to_device
 
-ROWS = 256
-TURNS = 7
+ROWS = 64
+TURNS = 5
 
 
 def measured_in(monitor: Monitor) -> tuple[Measured, ...]:
@@ -49,7 +49,7 @@ def measured_in(monitor: Monitor) -> tuple[Measured, ...]:
 
 
 def seconds_in_turns(one: Learner, other: Learner, table: Table) -> tuple[float, float]:
-    """Median seconds that each takes to answer the same rows (at most 256), measured in turns after a turn unmeasured."""
+    """Median seconds that each takes to answer the same rows (at most 64), measured in turns after a turn unmeasured."""
     rows = table[torch.arange(min(len(table), ROWS))]
     found: tuple[list[float], list[float]] = ([], [])
     for turn in range(TURNS + 1):

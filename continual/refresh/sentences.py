@@ -32,13 +32,12 @@ class Bar:
         return p_value < self.level and effect >= self.effect
 
     def said(self, effect: float, p_value: float) -> str:
-        return (
-            f"size {effect:.2f} on a scale from 0 to 1, where {self.effect:g} counts, and {_p(p_value)}, "
-            f"where less than {self.level:g} does"
-        )
+        return f"size {effect:.2f} of 1, reported from {self.effect:g} on; {_p(p_value)}, reported below {self.level:g}"
 
 
-def leakage(hits: int, rows: int, ids: Sequence[str]) -> Found:
+def leakage(ids: Sequence[str], rows: int) -> Found:
+    """``ids``: of the new rows concerned."""
+    hits = len(ids)
     return Found(
         kind="leakage",
         sentence=(
@@ -73,7 +72,7 @@ def near_duplicates(near: Near, rows: int, at_hand: int, similar: float, level: 
         sentence=(
             f"{percent(near.share)} of the {rows} new rows that were looked at are near-duplicates (cosine of {similar:g} or more) "
             f"of one of {at_hand} rows at hand, which have {percent(near.usual)} of them among each other ({_p(near.p_value)}, "
-            f"where less than {level:g} counts): find out whether rows were sent again; scores on hold-outs that they resemble flatter."
+            f"reported below {level:g}): find out whether rows were sent again; scores on hold-outs that they resemble flatter."
         ),
         effect=near.share,
         p_value=near.p_value,
@@ -138,17 +137,18 @@ def percent(share: float) -> str:
 
 
 def _columns(kind: Finding, opening: str, found: Sequence[Change], bar: Bar, advice: str) -> Found:
-    first = found[0]
-    measured = f", exchanging whole classes, {first.topics} of them at hand" if first.topics else ""
+    first, of_each = found[0], {change.column: change for change in reversed(found)}
+    columns = [change for change in found if of_each[change.column] is change]
+    measured = f"; chance is measured by how {first.topics} classes at hand differ" if first.topics else ""
     return Found(
         kind=kind,
         sentence=(
-            f"{opening}: {_some(map(_change, found), '; ')} ({bar.said(first.effect, first.p_value)}{measured}). {advice}"
+            f"{opening}: {_some(map(_change, columns), '; ')} ({bar.said(first.effect, first.p_value)}{measured}). {advice}"
         ),
         effect=first.effect,
         p_value=first.p_value,
         rows=first.rows,
-        names=tuple(dict.fromkeys(change.column for change in found))[:NAMES],
+        names=tuple(change.column for change in columns[:NAMES]),
     )
 
 

@@ -25,7 +25,7 @@ from scipy.stats import chi2_contingency, mannwhitneyu, random_table
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-CLASS_ROWS = 10
+CLASS_ROWS = 5
 """Rows of a class on each side, at least; a class with fewer is not compared."""
 SIDE_ROWS = 40
 """Rows of each side, at least; with fewer nothing is tested."""

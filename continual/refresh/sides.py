@@ -5,6 +5,7 @@ Letters: N rows, X rows drawn, D features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -84,8 +85,7 @@ class Side:
     def numbers(self, name: str, places_X: Ints) -> Floats:
         """A dense column of these rows, float64 (X, C), whatever its shape."""
         column = self.table.select(torch.from_numpy(places_X)).column(name)
-        flat = column.flatten(1) if column.dim() > 1 else column[:, None]
-        found: Floats = flat.cpu().double().numpy()
+        found: Floats = column.reshape(len(column), math.prod(column.shape[1:])).cpu().double().numpy()
         return found
 
     def features(self, places_X: Ints) -> Tensor:

@@ -10,7 +10,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,6 +99,7 @@ class Update:
         self.settings, self.live = folder.settings, folder.current()
         self.begun = time.perf_counter()
         self._notes = self._known_classes = 0
+        self._parent: Learner | None = None
         with folder.cached():
             self.offered = read_rows(data, self.settings.columns, self.settings.objective, self.settings.salt)
         self.strategy = Strategy.load({**self.settings.strategy, "name": self.settings.strategy_name})
@@ -121,6 +122,7 @@ class Update:
         name = self._name(parent) if request is None else request.experience
         early = self.strategy.training.early_stopping is not None
         divided = divide(offered, rules.holdout, most=limit, valid=early)
+        offered = replace(offered, notes=(*offered.notes, *divided.notes))
         experience = self._experience(divided, name, parent)
         if request is None:
             started = time.perf_counter()
@@ -132,7 +134,7 @@ class Update:
                 self.folder.journal.append("stopped", sentence=sentence)
                 return self._outcome("stopped", None, name, sentence, drift=drift)
             request = self._ask(offered, name, rules, drift, seconds)
-        del parent
+        self._parent, parent = parent, None
         data = Data(
             path=offered.path,
             sha256=offered.sha256,
@@ -256,8 +258,6 @@ class Update:
     def _drift(self, experience: Experience, parent: Learner | None, rules: Rules) -> Drift:
         if parent is None or parent.monitor is None:
             return Drift(new=len(experience.train))
-        holdouts = list(parent.monitor.tables().values())
-        holdout = concat(holdouts) if holdouts else None
 
         def features(table: Table) -> torch.Tensor:
             found = []
@@ -271,7 +271,7 @@ class Update:
         return compare(
             parent._encoded(experience.train),
             _memory(parent),
-            holdout=holdout,
+            holdouts=list(parent.monitor.tables().values()),
             features=features if parent.model.gives_features else None,
             class_names=experience.class_names,
             known=len(parent.class_names),
@@ -367,7 +367,8 @@ class Update:
             },
             bytes={
                 **sizes,
-                "test sets and ledger": sum(piece.bytes for piece in written.values()) - sum(sizes.values()),
+                "scores": monitor.nbytes(),
+                "test sets and ledger": sum(piece.bytes for name, piece in written.items() if "/" in name),
             },
         )
         content = record_text(report).encode()
@@ -421,6 +422,11 @@ class Update:
                 scenario=settings.scenario,
                 **options,
             )
+        ready, self._parent = self._parent, None
+        if ready is not None and ready.strategy.fingerprint() == strategy.fingerprint():
+            ready.folder, ready.save_every = place, options["save_every"]
+            ready.progress = self.options.progress
+            return ready
         return self._restored(self.live, strategy=strategy, resettle=True, **options)
 
     def _restored(self, version: int, **options: Any) -> Learner:

@@ -1,6 +1,6 @@
 """CLINC150 as fifteen monthly refreshes of one store, ten new intents each, with what goes wrong in real life.
 
-Month 6 is offered with poisoned labels first (rows of earlier intents under wrong names), month 9 with drifted wording; after
+Month 6 is offered with poisoned labels first (two of five are wrong), month 9 with drifted wording; after
 month 10 rows are erased; month 12 is rolled back and promoted again. Training and validation rows of the data are the months'
 files; the store sets its own hold-out aside. The data's test file is never given to the store: it is predicted at the end.
 
@@ -26,16 +26,21 @@ MONTHS = 15
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
 RULES = """\
 # 300 hold-out rows a month tell a drop of 5 points, not one of 2
-gate: {max_drop: 0.05, confidence: 0.95, floor: 0.6, negative_flips: 0.1, slower: 2.0, largest: 60MB}
+gate: {max_drop: 0.05, confidence: 0.95, floor: 0.6, new_floor: 0.85, negative_flips: 0.1, slower: 2.0, largest: 60MB}
 holdout: {share: 0.25, rows: 400, total: 20000}
 drift: {stop: [form-shift]}
 """
 STRATEGIES: dict[str, dict[str, Any]] = {
-    "lora-rehearsal": {"model": BASE, "strategy": "lora-rehearsal"},
+    "lora-rehearsal": {"model": BASE, "strategy": "lora-rehearsal", "overrides": {"training.precision": "bf16"}},
     "lora-first-ranpac": {
         "model": {"kind": "pretrained", "name": BASE, "layers": 4},
         "strategy": "lora-first-ranpac",
-        "overrides": {"head.dimension": 1900, "head.projection": "orthogonal", "head.center": True},
+        "overrides": {
+            "head.dimension": 1900,
+            "head.projection": "orthogonal",
+            "head.center": True,
+            "training.precision": "bf16",
+        },
     },
 }
 Rows = list[dict[str, str]]
@@ -69,15 +74,13 @@ def months_of(data: Path) -> list[Rows]:
 
 
 def poisoned(months: list[Rows], month: int) -> Rows:
-    """The month's rows, and 600 rows of earlier months under wrong names, as a broken labelling job would leave them."""
+    """The month's rows with two labels of five replaced by any label known so far, as a broken labelling job would leave them."""
     draw = random.Random(1)
-    earlier = [row for rows in months[:month] for row in rows]
-    names = sorted({row["label"] for row in earlier})
-    wrong = []
-    for place, row in enumerate(draw.sample(earlier, 600)):
-        label = draw.choice([name for name in names if name != row["label"]])
-        wrong.append({"id": f"poison-{place}", "text": row["text"] + " please", "label": label})
-    return [*months[month], *wrong]
+    names = sorted({row["label"] for rows in months[: month + 1] for row in rows})
+    return [
+        {**row, "id": f"poisoned-{row['id']}", "label": draw.choice(names) if draw.random() < 0.4 else row["label"]}
+        for row in months[month]
+    ]
 
 
 def drifted(rows: Rows) -> Rows:
@@ -125,7 +128,16 @@ def refresh(name: str, months: list[Rows], tests: Rows, place: Path, out: Path) 
                 "state bytes": None if report is None else sum(report.bytes.values()),
             }
         )
-        print(name, label, outcome.happened, outcome.score, steps[-1]["seconds"], outcome.sentence, flush=True)
+        print(
+            name,
+            label,
+            outcome.happened,
+            outcome.score,
+            steps[-1]["seconds"],
+            steps[-1]["cost"],
+            outcome.sentence,
+            flush=True,
+        )
         for sentence in steps[-1]["drift"]:
             print("   drift:", sentence, flush=True)
         return outcome
@@ -174,7 +186,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--only", choices=list(STRATEGIES))
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     data = arguments.data if (arguments.data / "train.jsonl").is_file() else arguments.data / "clinc150"
     months, tests = months_of(data), [row for row in read(data / "test.jsonl") if row["label"] != "oos"]
     for name in [arguments.only] if arguments.only else list(STRATEGIES):

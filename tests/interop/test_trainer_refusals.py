@@ -252,7 +252,7 @@ def test_states_that_are_not_this_ones(tmp_path: Path) -> None:
     with pytest.raises(StateError, match=r"asks to use 'somewhere\.else:Part'"):
         Continual.load(tmp_path / "strange")
     save_state(tmp_path / "old", {**state, "format": 0})
-    with pytest.raises(StateError, match="has format 0, this version reads 1"):
+    with pytest.raises(StateError, match="has format 0, this version reads 2"):
         Continual.load(tmp_path / "old")
     save_state(tmp_path / "part", {key: value for key, value in state.items() if key != "parts"})
     with pytest.raises(StateError, match="it lacks 'parts'"):

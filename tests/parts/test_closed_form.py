@@ -202,7 +202,9 @@ def test_the_last_row_of_all_may_be_given_up() -> None:
         head = make(**settings)
         training = learn(head, all_rows().select(torch.tensor([1])), [1])
         assert head.erase(head.rows()) == 1
-        assert (training.model.head(torch.randn(2, D)) == UNKNOWN).all() and not training.model.head.solution()
+        module = training.model.head
+        assert (module(torch.randn(2, D)) == UNKNOWN).all() and not module.solution()
+        assert {name.split(".")[0] for name, _ in module.named_buffers()} <= {"known", "lift"}
 
 
 @pytest.mark.parametrize("together", [True, False])

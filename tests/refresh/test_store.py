@@ -308,3 +308,15 @@ def test_a_folder_does_not_decide_which_code_is_run(tmp_path: Path) -> None:
     with pytest.raises(StateError, match=r"asks to use 'evil.module:Part'"):
         Store(tmp_path / "stranger")
     Store(tmp_path / "stranger", trust=["evil.module:Part"])
+
+
+def test_rows_with_the_content_of_a_hold_out_row_are_not_trained_on(tmp_path: Path) -> None:
+    store = small_store(tmp_path)
+    path = month(tmp_path, 0)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    copies = [json.dumps({**json.loads(line), "id": f"copy-{place}"}) for place, line in enumerate(lines)]
+    path.write_text("\n".join([*lines, *copies]), encoding="utf-8")
+    outcome = store.update(path, device="cpu", progress=False)
+    data = store.manifest().data
+    assert outcome.happened == "promoted" and data.trained + data.holdout < 80
+    assert any("have the content of hold-out rows" in note for note in outcome.notes)

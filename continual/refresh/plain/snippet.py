@@ -116,9 +116,9 @@ def snippet(told: Mapping[str, Any], *, text: bool, tokens: bool, head: tuple[st
     if told["form"] in ("features", "language", "transformer") or tokens:
         blocks.append(_TEXT_TOKENS if text else _ID_TOKENS)
     if told["form"] == "features":
-        blocks += [_POOL, _autocast(_virtual(_FEATURES, told), told)]
+        blocks += [_POOL, _autocast(_virtual(_base_alone(_FEATURES, told), told), told)]
         if len(told["adapters"]) > 1:
-            blocks += [_ROUTED] if told["routing"] == "features" else []
+            blocks += [_base_alone(_ROUTED, told)] if told["routing"] == "features" else []
             blocks += [_TASK_FEATURES] if told["tasks"] else []
     inputs = "texts" if text else "input_ids, attention_mask=None" if tokens else "inputs"
     if told["objective"] in ("classification", "regression"):
@@ -157,12 +157,13 @@ def _own_module(told: Mapping[str, Any]) -> str:
 def _stock_model(told: Mapping[str, Any], own_head: bool) -> str:
     loaders = {"causal-lm": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
     loader = loaders.get(told["objective"], "AutoModel")
-    options = ', **told["options"]' if told.get("options") else ""
+    options, lines = ', **told["options"]' if told.get("options") else "", []
     if told["form"] == "transformer":
         loader = 'getattr(transformers, told["class"])'
-        options = ", config=AutoConfig.from_pretrained(folder)" if told["base_model"] else ""
+        if told["base_model"]:
+            lines, options = ["config = AutoConfig.from_pretrained(folder)"], ", config=config"
     whence = "base" if told["base_model"] else "folder"
-    lines = [f'model = {loader}.from_pretrained({whence}, dtype=getattr(torch, told["dtype"]){options})']
+    lines.append(f'model = {loader}.from_pretrained({whence}, dtype=getattr(torch, told["dtype"]){options})')
     if told.get("encoder"):
         lines.append("model = model.get_encoder()")
     if own_head:
@@ -202,8 +203,8 @@ def _predict(told: Mapping[str, Any], inputs: str, head: tuple[str, ...]) -> str
     else:
         lines += _competing(told)
         lines.append("labels = scores.argmax(1)")
-        found = '"labels": labels, "names": [names[str(label)] for label in labels.tolist()], "scores": scores'
-        lines.append(f'return {{{found}, "logits": logits}}')
+        lines.append("called = [names[str(label)] for label in labels.tolist()]")
+        lines.append('return {"labels": labels, "names": called, "scores": scores, "logits": logits}')
     signature = f"{inputs}, task=None" if told["tasks"] else inputs
     return "\n".join(["@torch.no_grad()", f"def predict({signature}):", *(f"    {line}" for line in lines)]) + "\n"
 
@@ -256,11 +257,13 @@ def _language(told: Mapping[str, Any], inputs: str, text: bool) -> list[str]:
     if told["objective"] == "seq2seq":
         signature = "texts, answers" if text else f"labels, {inputs}"
         if text:
-            options = 'padding=True, truncation=True, max_length=told["max_length"], return_tensors="pt"'
-            lines = [f'labels = tokenizer(text_target=answers, {options})["input_ids"].to(model.device)']
+            lines = [
+                'options = {"padding": True, "truncation": True, "max_length": told["max_length"], "return_tensors": "pt"}',
+                'labels = tokenizer(text_target=answers, **options)["input_ids"].to(model.device)',
+            ]
     lines += _within(_call(told, passed), told, "model.device.type" if told["form"] != "module" else '"cpu"')
     cut = '[:, -rows["input_ids"].shape[1] :]' if told["virtual"] and told["objective"] == "causal-lm" else ""
-    lines.append(f"return logits{cut}.float().cpu()" if told["autocast"] else f"return logits{cut}.cpu()")
+    lines.append(f"return logits{cut}.float().cpu()")
     body = "\n".join(["@torch.no_grad()", f"def logits_of({signature}):", *(f"    {line}" for line in lines)]) + "\n"
     if not text:
         return [body]
@@ -277,11 +280,22 @@ def _virtual(code: str, told: Mapping[str, Any]) -> str:
     return code.replace("pool(hidden, mask)", "pool(hidden[:, -mask.shape[1] :], mask)")
 
 
+def _base_alone(code: str, told: Mapping[str, Any]) -> str:
+    """With the base called by itself, where PEFT 0.21 cannot switch virtual tokens off (``disable_adapter`` fails)."""
+    if not (told["virtual"] and told["routing"] == "features"):
+        return code
+    code = code.replace("def features(rows):", "def features(rows, by=model):").replace(
+        "output = model(", "output = by("
+    )
+    off = "    with model.disable_adapter():\n        plain = features(rows).cpu()"
+    return code.replace(off, "    plain = features(rows, model.get_base_model()).cpu()")
+
+
 def _autocast(code: str, told: Mapping[str, Any]) -> str:
     """With the call of the model in the precision that it was trained and measured in."""
     if not told["autocast"]:
         return code
-    line = next(line for line in code.splitlines() if "model(**rows" in line)
+    line = next(line for line in code.splitlines() if "(**rows" in line)
     return code.replace(line, "\n".join(f"    {each}" for each in _within([line.strip()], told, "model.device.type")))
 
 

@@ -1,0 +1,94 @@
+"""`continual store …` as a user runs it, in this process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from store_bench import LOOSE, STRATEGY, month
+from test_cli import Done, continual
+
+FEATURES = ["--feature", "a", "--feature", "b", "--feature", "c", "--id", "id"]
+
+
+def init(place: Path, *more: str, rules: dict[str, object] | None = None) -> Done:
+    (place / "small.yaml").write_text(
+        yaml.safe_dump({k: v for k, v in STRATEGY.items() if k != "name"}), encoding="utf-8"
+    )
+    gate = ["--gate", "max drop 90% at 95%"] if rules is None else ["--rules", "rules.yaml"]
+    if rules is not None:
+        (place / "rules.yaml").write_text(yaml.safe_dump(rules), encoding="utf-8")
+    return continual("store", "init", "store", "--strategy", "small.yaml", *gate, *FEATURES, *more, cwd=place)
+
+
+def update(place: Path, number: int, *more: str) -> Done:
+    rows = month(place, number)
+    return continual("store", "update", "store", rows.name, "--device", "cpu", *more, cwd=place)
+
+
+def test_a_store_from_init_to_export(tmp_path: Path) -> None:
+    made = init(tmp_path, rules=LOOSE)
+    assert made.returncode == 0 and "continual store update store ROWS" in made.stdout, made.stderr
+    assert "no version is live yet" in continual("store", "status", "store", cwd=tmp_path).stdout
+    for number in range(3):
+        done = update(tmp_path, number)
+        assert done.returncode == 0 and f"version {number + 1} promoted" in done.stdout, done.stderr
+    status = continual("store", "status", "store", "--html", "page.html", cwd=tmp_path)
+    assert status.returncode == 0 and "live: version 3" in status.stdout and "month-1" in status.stdout
+    assert "<html" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    plain = json.loads(continual("store", "status", "store", "--json", cwd=tmp_path).stdout)
+    assert plain["live"] == 3 and [one["name"] for one in plain["measured"]] == ["month-0", "month-1", "month-2"]
+    assert continual("store", "verify", "store", cwd=tmp_path).stdout == "3 versions, every byte as it was written\n"
+
+    rows = [json.loads(line) for line in month(tmp_path, 0).read_text(encoding="utf-8").splitlines()]
+    (tmp_path / "new.jsonl").write_text("\n".join(json.dumps({k: r[k] for k in "abc"}) for r in rows), encoding="utf-8")
+    done = continual("store", "predict", "store", "-i", "new.jsonl", "-o", "out/scored.jsonl", cwd=tmp_path)
+    assert done.returncode == 0 and "40 rows by version 3" in done.stdout, done.stderr
+    scored = [json.loads(line) for line in (tmp_path / "out" / "scored.jsonl").read_text(encoding="utf-8").splitlines()]
+    right = sum(one["predicted"] == row["label"] for one, row in zip(scored, rows, strict=True))
+    assert right > 20 and scored[0].keys() == {"a", "b", "c", "predicted", "score", "version"}
+
+    assert "from version 3 to 2" in continual("store", "rollback", "store", cwd=tmp_path).stdout
+    assert "live: version 2" in continual("store", "status", "store", cwd=tmp_path).stdout
+    compared = continual("store", "compare", "store", "2", "3", cwd=tmp_path).stdout
+    assert "version 2" in compared and "month-2" in compared and "trained on from" in compared
+    assert "version 3" in continual("store", "promote", "store", "3", cwd=tmp_path).stdout
+    events = [line.split()[1] for line in continual("store", "history", "store", cwd=tmp_path).stdout.splitlines()]
+    assert events == ["created", *["made", "promoted"] * 3, "rolled", "promoted"]
+
+    (tmp_path / "ids.txt").write_text("m1-3\nm1-4\n", encoding="utf-8")
+    done = continual("store", "erase", "store", "--rows", "ids.txt", cwd=tmp_path)
+    assert done.returncode == 0 and "2 of 2 rows were erased" in done.stdout and "rollback store 1" in done.stdout
+    assert continual("store", "verify", "store", cwd=tmp_path).returncode == 0
+    done = continual("store", "export", "store", "--to", "plain", cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "plain" / "README.md").is_file(), done.stderr
+
+
+def test_the_exit_status_says_what_the_gate_said(tmp_path: Path) -> None:
+    init(tmp_path, rules={"gate": {"max_drop": 0.02, "new_floor": 0.01}})
+    assert update(tmp_path, 0).returncode == 0
+    unsure = update(tmp_path, 1)
+    assert unsure.returncode == 4 and "cannot tell" in unsure.stdout and "version 1 is live" in unsure.stdout
+    (tmp_path / "store" / "rules.yaml").write_text("gate: {new_floor: 1.1, max_drop: 0.9}\n", encoding="utf-8")
+    refused = update(tmp_path, 2, "--json")
+    assert refused.returncode == 3 and json.loads(refused.stdout)["happened"] == "failed"
+    assert update(tmp_path, 0).returncode == 0, "rows that were learnt already are no failure"
+
+
+def test_rows_that_differ_stop_an_update_where_the_rules_say_so(tmp_path: Path) -> None:
+    init(tmp_path, rules={**LOOSE, "drift": {"stop": ["unknown-classes"]}})
+    assert update(tmp_path, 0).returncode == 0
+    done = update(tmp_path, 1)
+    assert done.returncode == 3 and "was not learnt" in done.stdout and "class 2" in done.stdout
+    assert "stopped" in continual("store", "history", "store", cwd=tmp_path).stdout
+    assert continual("store", "status", "store", cwd=tmp_path).stdout.startswith("store: mlp with 'small', 1 versions")
+
+
+@pytest.mark.parametrize("phrase", ["max drop 0.02 at 95%", "max drop 2%", "max drop .5"])
+def test_a_gate_in_words(phrase: str, tmp_path: Path) -> None:
+    assert init(tmp_path, "--gate", phrase).returncode == 0
+    kept = yaml.safe_load((tmp_path / "store" / "rules.yaml").read_text(encoding="utf-8"))["gate"]
+    assert kept["max_drop"] == (0.5 if "5" in phrase.split()[2] and "0.02" not in phrase else 0.02)
+    assert kept["confidence"] == 0.95
