@@ -17,10 +17,10 @@ from torch import Tensor
 
 from continual.errors import StateError
 from continual.learner import Learner
-from continual.refresh.folder import Erased, Folder
-from continual.refresh.objects import write_bytes
+from continual.refresh.folder import Folder
 from continual.refresh.pieces import entries_of, split
 from continual.refresh.records import Drift, Piece, Report, record_text
+from continual.refresh.verify import verify
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,25 @@ def erase(folder: Folder, rows: Tensor, trust: Sequence[str]) -> Erasure:
     """Erase rows by their ids, int64 (N,); call it as the only writer.
 
     Raises:
-        StateError: an update is under way, or the disk is full; the store is as it was.
+        StateError: an update is under way, the store is damaged, or the disk is full; the store is as it was, or the erasure was
+            promised in the journal, and the next command that writes keeps the promise.
     """
     if (folder.work / "update.json").is_file():
         raise StateError(
             f"an update of '{folder.path}' broke off, and its files may hold such rows: give its command again, or add --abandon, "
             "before you erase."
         )
+    wrong = verify(folder)
+    if wrong:
+        raise StateError(f"nothing was erased, since '{folder.path}' is damaged: {wrong[0]}")
+    try:
+        return _erase(folder, rows, trust)
+    except Exception:
+        folder.tidy()
+        raise
+
+
+def _erase(folder: Folder, rows: Tensor, trust: Sequence[str]) -> Erasure:
     places: dict[str, int] = {}
     manifests: dict[int, str] = {}
     written, trained, known = [], [], torch.empty(0, dtype=torch.int64)
@@ -83,11 +95,11 @@ def erase(folder: Folder, rows: Tensor, trust: Sequence[str]) -> Erasure:
         changed: dict[str, Any] = {"pieces": pieces, "parent_manifest": parent, "erased": manifest.erased + 1}
         manifests[version] = folder.stage(manifest.model_copy(update=changed), report)
         written.append(version)
-    gone = torch.unique(torch.cat([folder.erased(), rows])).tolist()
-    write_bytes(folder.path / "erased.json", record_text(Erased(rows=tuple(gone))).encode())
+    before = folder.erased()
+    gone = torch.unique(torch.cat([before, rows]))
     sentence = f"{len(known)} of {len(rows)} rows were erased from {len(written)} versions"
-    if manifests:
-        folder.put_erased(manifests, len(known), sentence)
+    if manifests or len(gone) > len(before):
+        folder.put_erased(manifests, gone.tolist(), len(known), sentence)
     folder.sweep()
     commands = _commands(folder, trained)
     more = f"; the weights of {_listed(trained)} were trained on them" if trained else ""

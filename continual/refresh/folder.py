@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ from torch import Tensor
 from continual.errors import StateError
 from continual.objective import Objective
 from continual.provenance import now
-from continual.refresh.journal import Entry, Journal, live_entry, manifests_of
+from continual.refresh.journal import Entry, Journal, erased_of, live_entry, manifests_of
 from continual.refresh.objects import Objects, write_bytes
 from continual.refresh.pieces import State, join
 from continual.refresh.records import Count, Digest, Manifest, Piece, Record, Report, read_record, record_text
@@ -228,11 +228,25 @@ class Folder:
         return self._digests()[version][-1]
 
     def erased(self) -> Tensor:
-        """Ids of the rows that were erased, int64 (N,), so that no later update brings them back."""
+        """Ids of the rows that were erased, int64 (N,), so that no later update brings them back.
+
+        Raises:
+            StateError: the file that holds them is missing, or not what was written.
+        """
+        return torch.tensor(self._again(self._erased).rows, dtype=torch.int64)
+
+    def _erased(self) -> Erased:
         path = self.path / "erased.json"
-        if not path.is_file():
-            return torch.empty(0, dtype=torch.int64)
-        return torch.tensor(read_record(Erased, read_file(path), f"'{path}'").rows, dtype=torch.int64)
+        places = [no_link(one) for one in (path, self.staged / "erased.json")]
+        found = [read_file(one) for one in places if one.is_file()]
+        wanted = erased_of(self.journal.read())
+        if wanted is None and not path.is_file():
+            return Erased()
+        for content in found:
+            if hashlib.sha256(content).hexdigest() == wanted:
+                return read_record(Erased, content, f"'{path}'")
+        what = "is not what was written (its SHA-256 is not the journal's)" if path.is_file() else "is missing"
+        raise StateError(f"'{path}' {what}: restore the store from a backup.")
 
     def line(self, version: int | None) -> list[int]:
         """A version and those that it was trained on from, the first one first."""
@@ -396,17 +410,32 @@ class Folder:
         self.journal.append(event, version=version, sentence=sentence)
         self._point(version)
 
-    def put_erased(self, manifests: dict[int, str], rows: int, sentence: str) -> None:
-        """Put the staged manifests, which the journal then knows by these digests, in the place of the old ones."""
+    def put_erased(self, manifests: dict[int, str], gone: Sequence[int], rows: int, sentence: str) -> None:
+        """Put the staged manifests, which the journal then knows by these digests, in the place of the old ones.
+
+        Args:
+            gone: ids of all rows that were ever erased.
+            rows: how many of them were erased now.
+        """
         named = {str(version): digest for version, digest in manifests.items()}
-        self.journal.append("erased", manifests=named, rows=rows, sentence=sentence)
+        content = record_text(Erased(rows=tuple(gone))).encode()
+        write_bytes(self.staged / "erased.json", content)
+        digest = hashlib.sha256(content).hexdigest()
+        self.journal.append("erased", manifests=named, rows=rows, erased=digest, sentence=sentence)
         self._settle(self.journal.read())
 
     def sweep(self) -> int:
         """Remove every object that no version is made of."""
-        used = {piece.sha256 for version in self.numbers() for piece in self.manifest(version).pieces.values()}
+        made = manifests_of(self.journal.read())
+        used = {piece.sha256 for version in made for piece in self.manifest(version).pieces.values()}
         with self._on_disk():
             return self.objects.sweep(used)
+
+    def tidy(self) -> None:
+        """Remove what a command that failed has staged and nothing promises, and its objects, as far as that is possible."""
+        with suppress(OSError, StateError):
+            self._settle(self.journal.read())
+            self.sweep()
 
     @contextmanager
     def _on_disk(self) -> Iterator[None]:
@@ -427,7 +456,12 @@ class Folder:
     def _put_in_place(self, entries: list[Entry]) -> None:
         if not self.staged.is_dir():
             return
-        wanted = manifests_of(entries)
+        wanted, erased = manifests_of(entries), no_link(self.staged / "erased.json")
+        if erased.is_file():
+            if hashlib.sha256(erased.read_bytes()).hexdigest() == erased_of(entries):
+                os.replace(erased, self.path / "erased.json")
+                flush(self.path)
+            erased.unlink(missing_ok=True)
         for folder in sorted(no_link(one) for one in self.staged.iterdir()):
             path = no_link(folder / "manifest.json")
             version = int(folder.name) if _NUMBER.fullmatch(folder.name) else 0

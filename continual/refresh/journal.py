@@ -36,6 +36,7 @@ class Entry(Record):
         parent, fingerprint, answer: of a version that was ``made``: what it was trained on from, its rows, the gate's answer.
         manifests: version → SHA-256 of its manifest from now on, of every version that was written anew (``erased``).
         rows: how many rows it is about (``erased``).
+        erased: SHA-256 of ``erased.json`` from now on (``erased``).
         before: SHA-256 of the line before.
     """
 
@@ -49,6 +50,7 @@ class Entry(Record):
     answer: Answer | None = None
     manifests: dict[VersionName, Digest] = Field(default_factory=dict)
     rows: Count = 0
+    erased: Digest | None = None
     sentence: str = ""
     before: Digest = FIRST
 
@@ -132,6 +134,11 @@ class Journal:
 def live_entry(entries: list[Entry]) -> Entry | None:
     """The entry that made the live version live; None where none is."""
     return next((entry for entry in reversed(entries) if entry.event in GOES_LIVE), None)
+
+
+def erased_of(entries: list[Entry]) -> str | None:
+    """SHA-256 that ``erased.json`` must have now; None where there is no such file."""
+    return next((entry.erased for entry in reversed(entries) if entry.erased is not None), None)
 
 
 def manifests_of(entries: list[Entry]) -> dict[int, str]:

@@ -176,6 +176,7 @@ class Update:
                 what = "an update of which nothing could be read"
             self.folder.journal.append("abandoned", sentence=f"{what} was given up")
             self._done()
+            self.folder.tidy()
             return None
         try:
             request = read_record(Request, path.read_bytes(), f"'{path}'")

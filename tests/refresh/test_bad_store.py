@@ -1,0 +1,364 @@
+"""Bad input to ``continual store``: the exit status, one sentence, no traceback, and the store byte for byte as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bad_bench import Case, refuse
+from bad_store_bench import columns, copied, csv, forge, forge_settings, lines, piece_path, quick_store, rows
+
+from continual.refresh import Store
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(9 * ['*' + before])}]\n" for before, name in zip("abcdef", "bcdefg", strict=True)
+)
+Ready = Callable[[Path], object]
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store of three months in it."""
+    place = tmp_path_factory.mktemp("grown")
+    quick_store(place, 3)
+    return place
+
+
+@pytest.fixture
+def folder(grown: Path, tmp_path: Path) -> Path:
+    """A working folder with a copy of that store."""
+    copied(grown / "store", tmp_path)
+    return tmp_path
+
+
+def update(name: str, content: str | bytes, *said: str, file: str = "new.jsonl", ready: Ready | None = None) -> Case:
+    argv = ["store", "update", "store", file, "--device", "cpu"]
+    return Case(f"update, {name}", argv, (f"'{file}'", *said), {file: content}, ready=ready)
+
+
+def new(name: str, *said: str, month: int = 3, ready: Ready | None = None, count: int = 16, **change: Any) -> Case:
+    return update(name, lines(rows(month, count, **change)), *said, ready=ready)
+
+
+def option(argv: str, *said: str, status: int = 1, files: dict[str, Any] | None = None, ready: Ready | None = None) -> Case:
+    return Case(argv, ["store", *argv.split()], said, files or {}, status, ready)
+
+
+def init(argv: str, *said: str, files: dict[str, Any] | None = None, status: int = 1, more: tuple[str, ...] = ()) -> Case:
+    return Case(f"init {argv} {' '.join(more)}", ["store", "init", "fresh", *argv.split(), *more], said, files or {}, status)
+
+
+NEW = lines(rows(3))
+FILES = [
+    option("update store gone.jsonl", "'gone.jsonl' was not found", "JSONL, CSV or Parquet"),
+    update("empty", "", "is empty", "give it rows"),
+    update("blank lines", "\n\n", "holds no rows", "give it some"),
+    update("not UTF-8", NEW.replace("class 6", "classé").encode("latin-1"), "is not UTF-8", "save it as UTF-8"),
+    update("any bytes", bytes(range(256)), "is not UTF-8"),
+    update("a line that is no JSON", NEW + "hello\n", "could not be read", "mend the file"),
+    update("cut off", NEW[:-10], "could not be read"),
+    update("lists", "[1, 2]\n[3, 4]\n", "could not be read"),
+    update("another suffix", NEW, "no file that can be read", "'.jsonl'", file="new.xlsx"),
+    update("no suffix", NEW, "no file that can be read", file="new"),
+    update("a folder", NEW, "no folder that `datasets` saved", file="new/rows.jsonl"),
+    update("a CSV without header", csv(rows(3)).split("\n", 1)[1], "no column", "first line of a CSV", file="new.csv"),
+    update("a CSV with cells too many", csv(rows(3)) + "1,2,3,4,5,6,7\n", "could not be read", file="new.csv"),
+    update("a Parquet that is none", NEW, "could not be read", file="new.parquet"),
+    update("a column gone", NEW.replace('"a"', '"aa"'), "no column 'a'", "Did you mean 'aa'?"),
+    update("no labels", NEW.replace('"label"', '"lable"'), "no column 'label'", "Did you mean 'lable'?"),
+    update("no ids", NEW.replace('"id"', '"key"'), "no column 'id'"),
+    new("numbers as labels", "labels that are whole numbers", "names", label=lambda place: place % 2),
+    new("text as numbers", "'a' is not numeric in every row", a="much"),
+    new("text in one row", "could not be read", a=lambda place: "much" if place == 15 else 1.0),
+    new("a feature missing", "NaN or infinite", "row 3", a=lambda place: None if place == 3 else 1.0),
+    update("an infinite feature", csv(rows(3, a=lambda n: "inf" if n == 3 else n)), "NaN or infinite", "row 3",
+           file="new.csv"),
+    new("features too many", "features that are 4 numbers", "3 numbers", a=[1.0, 2.0]),
+    new("uneven features", "different lengths", a=lambda place: [1.0] * (place % 3 + 1)),
+    new("an id missing", "row 3", "has no id", id=lambda place: None if place == 3 else f"n{place}"),
+    new("an id empty", "row 3", "has no id", id=lambda place: "" if place == 3 else f"n{place}"),
+    new("an id of blanks", "row 3", "has no id", id=lambda place: "  " if place == 3 else f"n{place}"),
+    new("an id twice", "the id 'n1' is there twice", id=lambda place: f"n{max(place, 1)}"),
+    new("ids that are lists", "ids", id=lambda place: [place]),
+    new("ids with decimals", "ids", id=lambda place: place + 0.5),
+    new("a label missing", "label of row 3 is None", label=lambda place: None if place == 3 else "x"),
+    new("a label empty", "label of row 3 is ''", label=lambda place: "" if place == 3 else "x"),
+    new("a label of blanks", "label of row 3 is '  '", label=lambda place: "  " if place == 3 else "x"),
+    new("labels of two types", "could not be read", label=lambda place: 1 if place == 3 else "x"),
+    new("labels with decimals", "label of row 0 is 0.5", label=lambda place: place + 0.5),
+    new("labels that are lists", "label of row 0 is ['x']", label=["x"]),
+    new("a label in capitals", "'CLASS 1'", "looks like 'class 1'", "--new-label 'CLASS 1'",
+        label=lambda place: "CLASS 1" if place == 3 else "x"),
+    new("a label with other blanks", "'class_1 '", "looks like 'class 1'",
+        label=lambda place: "class_1 " if place == 3 else "x"),
+    new("rows that are known", "all 5 rows", "given in earlier updates", "nothing new to learn", month=1, count=5),
+    new("rows under other ids", "same content", month=1, id=lambda place: f"other-{place}"),
+    new("a name that is taken", "'month-1' was learnt already", "--name",
+        ready=lambda folder: (folder / "new.jsonl").rename(folder / "month-1.jsonl")),
+]  # fmt: skip
+
+
+def without_live(folder: Path) -> None:
+    """A store without any version in the place of the one that is there."""
+    shutil.rmtree(folder / "store")
+    quick_store(folder, 0)
+
+
+def no_ids(folder: Path) -> None:
+    shutil.rmtree(folder / "store")
+    quick_store(folder, 1, columns={"features": ["a", "b", "c"]})
+
+
+IDS = {"ids.txt": "m0-1\nm0-2\n"}
+PREDICT = {"new.jsonl": NEW}
+OPTIONS = [
+    option("update", "Missing argument", status=2),
+    option("update store", "Missing argument", status=2),
+    option("update store new.jsonl --agian", "No such option", "--again", status=2),
+    option("update nowhere new.jsonl", "'nowhere' holds no store", "continual store init", files=PREDICT),
+    option("update new.jsonl new.jsonl", "'new.jsonl' holds no store", files=PREDICT),
+    option("update store new.jsonl --device gpu", "unknown device 'gpu'", "'cpu'", files=PREDICT),
+    option("update store new.jsonl --device gpu", "unknown device 'gpu'", files=PREDICT, ready=without_live),
+    option("update store new.jsonl --name month-1", "'month-1' was learnt already", "--name", files=PREDICT),
+    option("status", "Missing argument", status=2),
+    option("status nowhere", "'nowhere' holds no store", "name another folder"),
+    option("status store --html new.jsonl/x.html", "'new.jsonl/x.html' could not be written", files=PREDICT),
+    option("history nowhere", "'nowhere' holds no store"),
+    option("verify nowhere", "'nowhere' holds no store"),
+    option("compare store one", "'ONE': 'one' is not a valid integer", status=2),
+    option("compare store 1 9", "'store' has no version 9", "there are 1 to 3"),
+    option("compare store 0", "'store' has no version 0", "there are 1 to 3"),
+    option("compare store 1", "no live version yet", "continual store update", ready=without_live),
+    option("predict store", "Missing option", "--input", status=2),
+    option("predict store -i new.jsonl", "Missing option", "--output", status=2),
+    option("predict store -i gone.jsonl -o out.jsonl", "'gone.jsonl' was not found"),
+    option("predict store -i store -o out.jsonl", "'store' was not found"),
+    option("predict store -i new.jsonl -o out.jsonl --version 9", "no version 9", "1 to 3", files=PREDICT),
+    option("predict store -i new.jsonl -o out.jsonl --version 0", "no version 0", files=PREDICT),
+    option("predict store -i new.jsonl -o out.jsonl --version -1", "no version -1", files=PREDICT),
+    option("predict store -i new.jsonl -o out.jsonl --version x", "not a valid integer", files=PREDICT, status=2),
+    option("predict store -i new.jsonl -o out.jsonl --device gpu", "unknown device 'gpu'", files=PREDICT),
+    option("predict store -i new.jsonl -o out.jsonl", "no live version yet", files=PREDICT, ready=without_live),
+    option("predict store -i new.jsonl -o out", "'out' could not be written", files={**PREDICT, "out/x": ""}),
+    option("predict store -i new.jsonl -o new.jsonl/out", "could not be written", files=PREDICT),
+    option("predict store -i new.jsonl -o out.jsonl", "a column 'score'", "rename it",
+           files={"new.jsonl": lines(rows(3, score=1))}),
+    option("predict store -i new.jsonl -o deep/out.jsonl", "no column 'b'", files={"new.jsonl": '{"a": 1}\n'}),
+    option("predict store -i new.jsonl -o out.jsonl", "'a' is not numeric", files={"new.jsonl": lines(rows(3, a="x"))}),
+    option("predict store -i new.jsonl -o out.jsonl", "4 numbers", "3 numbers",
+           files={"new.jsonl": lines(rows(3, a=[1, 2]))}),
+    option("predict store -i new.jsonl -o out.jsonl", "NaN or infinite", "row 3",
+           files={"new.jsonl": lines(rows(3, a=lambda place: None if place == 3 else 1))}),
+    option("predict store -i new.csv -o out.jsonl", "is empty", files={"new.csv": ""}),
+    option("promote store", "Missing argument", status=2),
+    option("promote store x", "not a valid integer", status=2),
+    option("promote store -1", "No such option", status=2),
+    option("promote store -- -1", "no version -1", "there are 1 to 3"),
+    option("promote store 0", "no version 0", "there are 1 to 3"),
+    option("promote store 9", "no version 9", "there are 1 to 3"),
+    option("promote store 1", "no version 1", "there is none yet", ready=without_live),
+    option("rollback store 9", "no version 9", "there are 1 to 3"),
+    option("rollback store 0", "no version 0"),
+    option("rollback store", "no live version yet", "nothing to roll back", ready=without_live),
+    option("erase store", "Missing option", "--rows", status=2),
+    option("erase store --rows gone.txt", "'gone.txt' cannot be read", "an id a line"),
+    option("erase store --rows ids.txt", "'ids.txt' cannot be read", "an id a line", files={"ids.txt": b"\xff\xfe"}),
+    option("erase store --rows d.txt", "'d.txt' cannot be read", files={"d.txt/x": ""}),
+    option("erase store --rows ids.txt", "'ids.txt' names no rows", "an id a line", files={"ids.txt": " \n\n"}),
+    option("erase store --rows ids.txt", "no id column", "--rows", files=IDS, ready=no_ids),
+    option("erase store --rows gone.jsonl", "'gone.jsonl' was not found"),
+    option("erase store --rows new.jsonl", "'new.jsonl' is empty", files={"new.jsonl": ""}),
+    option("erase store --rows new.jsonl", "no column 'id'", files={"new.jsonl": '{"a": 1}\n'}),
+    option("export store", "Missing option", "--to", status=2),
+    option("export store --to out --max-rank 0", "--max-rank", status=2),
+    option("export store --to out --version 9", "no version 9"),
+    option("export store --to out", "holds something that", "name a new folder", files={"out/x": ""}),
+    option("export store --to new.jsonl", "name a new folder", files=PREDICT),
+    option("export store --to new.jsonl/x", "could not be written", files=PREDICT),
+    option("export store --to store", "name a new folder"),
+    option("export store --to out", "no live version yet", ready=without_live),
+    option("no-such-command store", "No such command", status=2),
+]  # fmt: skip
+
+INITS = [
+    init("--strategy rehersal", "unknown strategy 'rehersal'", "Did you mean 'rehearsal'?"),
+    init("--strategy joint", "update by update", "'cumulative'"),
+    init("--strategy gone.yaml", "there is no file 'gone.yaml'"),
+    init("--strategy split-digits", "'split-digits' is a stream"),
+    init("--strategy s.yaml", "'s.yaml'", "unknown key 'replya'", "'replay'?", files={"s.yaml": "replya: 1\n"}),
+    init("--strategy s.yaml", "values through its aliases", files={"s.yaml": BOMB}),
+    init("--model mpl", "mpl"),
+    init("--model ./nowhere", "there is no folder './nowhere'"),
+    init("--model no_such:Thing", "'no_such:Thing' cannot be imported"),
+    init("--scenario clas", "'scenario' is 'clas'", "'class'"),
+    init("--objective classify", "'objective' is 'classify'", "'classification'"),
+    init("--set training.lrr=1", "unknown key 'lrr'", "'lr'"),
+    init("--set training.lr", "has no value", "key=value"),
+    init("--set training.lr=-1", "greater than 0"),
+    init("--seed -1", "--seed", status=2),
+    init("--seed one", "--seed", status=2),
+    init("--feature a --text t", "'features'", "'text'", "name one of them"),
+    init("--gate x", "the gate 'x' is not understood", "max drop 0.02 at 95%"),
+    init("", "the gate 'max drop much' is not understood", more=("--gate", "max drop much")),
+    init("", "the gate 'max drop -0.1' is not understood", more=("--gate", "max drop -0.1")),
+    init("", "'confidence' is 0.4", "greater than 0.5", more=("--gate", "max drop 0.1 at 40%")),
+    init("", "'confidence' is 1.0", "less than 1", more=("--gate", "max drop 0.1 at 100%")),
+    init("--rules r.yaml", "both --gate and --rules", more=("--gate", "max drop 0.1"), files={"r.yaml": "{}"}),
+    init("--rules gone.yaml", "'gone.yaml' could not be read"),
+    init("--rules r.yaml", "'r.yaml' could not be read", files={"r.yaml/x": ""}),
+    init("--rules r.yaml", "'r.yaml' is empty", files={"r.yaml": ""}),
+    init("--rules r.yaml", "values through its aliases", files={"r.yaml": BOMB}),
+    init("--rules r.yaml", "unknown key 'max_dropp' in 'gate'", "'max_drop'?", files={"r.yaml": "gate: {max_dropp: 1}"}),
+    init("--rules r.yaml", "'gate.max_drop' is -1", files={"r.yaml": "gate: {max_drop: -1}"}),
+    init("--rules r.yaml", "'max_drop' is True", files={"r.yaml": "gate: {max_drop: yes}"}),
+    init("--rules r.yaml", "'gate.unsure' is 'never'", "'hold' or 'promote'", files={"r.yaml": "gate: {unsure: never}"}),
+    init("--rules r.yaml", "'gate.largest' is 'much'", files={"r.yaml": "gate: {largest: much}"}),
+    init("--rules r.yaml", "'holdout.share' is 1.5", files={"r.yaml": "holdout: {share: 1.5}"}),
+    init("--rules r.yaml", "'holdout.rows' is 0", files={"r.yaml": "holdout: {rows: 0}"}),
+    init("--rules r.yaml", "'drift.stop.0' is 'leak'", "'leakage'?", files={"r.yaml": "drift: {stop: [leak]}"}),
+    init("--rules r.yaml", "unknown key 'lrr'", files={"r.yaml": "ladder: {settings: [{training.lrr: 1}]}"}),
+    init("--rules r.yaml", "'ladder.settings.0' is 3", files={"r.yaml": "ladder: {settings: [3]}"}),
+    init("--rules r.yaml", "part", files={"r.yaml": "ladder: {settings: [{replay.kind: none}]}"}),
+    init("--rules r.yaml", "'alerts.webhook' is 'ftp://x'", files={"r.yaml": "alerts: {webhook: 'ftp://x'}"}),
+    init("--rules r.yaml", "'alerts.command'", files={"r.yaml": "alerts: {command: []}"}),
+    init("--rules r.yaml", "'save_every' is -1", files={"r.yaml": "save_every: -1"}),
+    Case("init over a store", ["store", "init", "store"], ("'store' is not empty", "name a new folder")),
+    Case("init over a file", ["store", "init", "f"], ("'f' is not empty",), {"f": "x"}),
+    Case("init below a file", ["store", "init", "f/x"], ("'f/x' cannot be made", "name another folder"), {"f": "x"}),
+]  # fmt: skip
+
+
+# What is in the folder of a store
+
+
+def at(name: str, change: Callable[[bytes], bytes] | bytes | None) -> Ready:
+    """A file of the store changed, replaced, or (None) taken away."""
+
+    def ready(folder: Path) -> None:
+        path = folder / "store" / name
+        if change is None:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif callable(change):
+            path.write_bytes(change(path.read_bytes()))
+        else:
+            path.write_bytes(change)
+
+    return ready
+
+
+def line_out(number: int) -> Ready:
+    return at("journal.jsonl", lambda text: b"".join(line for place, line in enumerate(text.splitlines(True)) if place != number))
+
+
+def piece(name: str, change: Callable[[bytes], bytes] | None, version: int = 3) -> Ready:
+    """A piece of a version changed or taken away."""
+
+    def ready(folder: Path) -> None:
+        path = piece_path(folder / "store", version, name)
+        path.unlink() if change is None else path.write_bytes(change(path.read_bytes()))
+
+    return ready
+
+
+def link(name: str) -> Ready:
+    """A file or folder of the store moved out, and a link put in its place."""
+
+    def ready(folder: Path) -> None:
+        path = folder / "store" / name
+        away = folder / "outside"
+        if path.exists():
+            path.rename(away)
+        else:
+            away.mkdir()
+        path.symlink_to(away, target_is_directory=away.is_dir())
+
+    return ready
+
+
+def flipped(content: bytes) -> bytes:
+    return content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :]
+
+
+def half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+READS = {
+    "status": ["status", "store"],
+    "verify": ["verify", "store"],
+    "history": ["history", "store"],
+    "predict": ["predict", "store", "-i", "new.jsonl", "-o", "out.jsonl", "--device", "cpu"],
+    "export": ["export", "store", "--to", "out"],
+}
+WRITES = {
+    "update": ["update", "store", "new.jsonl", "--device", "cpu"],
+    "promote": ["promote", "store", "2"],
+    "rollback": ["rollback", "store"],
+    "erase": ["erase", "store", "--rows", "ids.txt"],
+}
+
+
+def damage(name: str, ready: Ready, commands: str, *said: str) -> list[Case]:
+    """Commands that must refuse a damaged store, all with the same sentence or a part of it."""
+    found = []
+    for command in commands.split():
+        argv = ["store", *{**READS, **WRITES}[command]]
+        found.append(Case(f"{command}, {name}", argv, said, {**PREDICT, **IDS}, ready=ready))
+    return found
+
+
+ALL = "status verify history predict update promote rollback erase"
+M3, R3 = "versions/0003/manifest.json", "versions/0003/report.json"
+DAMAGE = [
+    *damage("store.json taken away", at("store.json", None), ALL, "'store' holds no store"),
+    *damage("store.json flipped", at("store.json", flipped), ALL, "'store/store.json' is not what was written", "backup"),
+    *damage("store.json empty", at("store.json", b""), "status update", "'store/store.json' is not what was written"),
+    *damage("journal taken away", at("journal.jsonl", None), ALL, "'store/journal.jsonl' is missing or empty", "backup"),
+    *damage("journal flipped", at("journal.jsonl", flipped), ALL, "of 'store/journal.jsonl'", "backup"),
+    *damage("journal of bytes", at("journal.jsonl", b"\xff\n"), ALL, "line 1 of 'store/journal.jsonl' is damaged"),
+    *damage("a line taken out", line_out(2), ALL, "line 3 of 'store/journal.jsonl' does not follow", "changed by hand"),
+    *damage("the first line taken out", line_out(0), ALL, "line 1 of 'store/journal.jsonl' does not follow"),
+    *damage("a line twice", at("journal.jsonl", lambda text: text + text.splitlines(True)[-1]), ALL, "line 8", "not follow"),
+    *damage("CURRENT of words", at("CURRENT", b"three\n"), "status verify predict export", "'store/CURRENT' names no version",
+            "`continual store promote store 3` puts it right"),
+    *damage("CURRENT empty", at("CURRENT", b""), "status verify predict", "'store/CURRENT' names no version", "promote store 3"),
+    *damage("CURRENT of digits and more", at("CURRENT", b"3 \n"), "status verify predict", "'store/CURRENT' names no version"),
+    *damage("CURRENT taken away", at("CURRENT", None), "status verify predict", "'store/CURRENT' is missing", "promote store 3"),
+    *damage("CURRENT of no version", at("CURRENT", b"9\n"), "status predict export", "no version 9", "there are 1 to 3"),
+    *damage("CURRENT of no version", at("CURRENT", b"9\n"), "verify", "CURRENT names version 9", "the journal version 3"),
+    *damage("CURRENT of another version", at("CURRENT", b"2\n"), "verify", "CURRENT names version 2", "the journal version 3"),
+    *damage("manifest flipped", at(M3, flipped), "status verify predict update", f"'store/{M3}' is not what was written"),
+    *damage("manifest empty", at(M3, b""), "status verify predict update", f"'store/{M3}' is not what was written"),
+    *damage("manifest taken away", at(M3, None), "status verify predict update", f"'store/{M3}' is missing", "backup"),
+    *damage("report flipped", at(R3, flipped), "status verify", f"'store/{R3}' is not what was written", "backup"),
+    *damage("report taken away", at(R3, None), "status verify", f"'store/{R3}' is missing", "backup"),
+    *damage("version taken away", at("versions/0003", None), "status verify predict update rollback", f"'store/{M3}' is missing"),
+    *damage("version taken away", at("versions/0002", None), "promote erase", "'store/versions/0002/manifest.json' is missing"),
+    *damage("versions taken away", at("versions", None), "status predict update", f"'store/{M3}' is missing"),
+    *damage("learner flipped", piece("learner", flipped), "verify predict update export", "learner of version 3 is not what was"),
+    *damage("learner cut off", piece("learner", half), "verify predict update", "learner of version 3 is not what was written"),
+    *damage("learner taken away", piece("learner", None), "verify predict update", "learner of version 3 is missing", "backup"),
+    *damage("learner flipped", piece("learner", flipped, 2), "verify promote rollback erase", "learner of version 2 is not what"),
+    *damage("form flipped", piece("form", flipped), "verify update", "form of version", "is not what was written"),
+    *damage("test set flipped", piece("tests/0000", flipped), "verify predict update", "tests/0000 of version", "is not what was"),
+    *damage("objects taken away", at("objects", None), "predict update promote", "is missing", "backup"),
+    *damage("rules.yaml taken away", at("rules.yaml", None), "verify update", "'store/rules.yaml' is missing", "every default"),
+    *damage("rules.yaml empty", at("rules.yaml", b""), "verify update", "'store/rules.yaml' is empty", "key: value"),
+    *damage("rules.yaml cut off", at("rules.yaml", b"gate: {"), "verify update", "'store/rules.yaml' is not valid YAML"),
+    *damage("rules.yaml a bomb", at("rules.yaml", BOMB.encode()), "verify update", "values through its aliases"),
+    *damage("rules.yaml with code", at("rules.yaml", b"gate: !!python/object/apply:os.mkdir ['hacked']\n"), "verify update",
+            "not valid YAML", "constructor"),
+    *damage("rules.yaml of an unknown key", at("rules.yaml", b"gaet: {}\n"), "verify update", "unknown key 'gaet'", "'gate'?"),
+    *damage("erased.json of words", at("erased.json", b"all\n"), "status verify update erase", "'store/erased.json' is not what was written"),
+    *damage("a version that nobody made", lambda folder: shutil.copytree(folder / "store/versions/0003",
+            folder / "store/versions/0004"), "verify", "'store/versions/0004' is no version that the journal knows"),
+    *[one for name in ("store.json", "journal.jsonl", "CURRENT", "rules.yaml", "versions", "objects", "staged", "work", "cache")
+      for one in damage(f"{name} a link", link(name), "status predict update erase", f"'store/{name}' is a link", "do not trust")],
+    *damage("a version a link", link("versions/0003"), "status verify predict update", "'store/versions/0003' is a link"),
+    *damage("a manifest a link", link(M3), "status verify predict update", f"'store/{M3}' is a link"),
+]  # fmt: skip
