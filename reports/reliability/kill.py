@@ -35,7 +35,7 @@ FEATURES = 8
 RULES = {"gate": {"max_drop": 0.9, "unsure": "promote"}, "holdout": {"share": 0.25}, "save_every": 3}
 STRATEGY = {
     "replay": {"kind": "rehearsal", "select": "class-balanced", "capacity": 120, "share": 0.5},
-    "training": {"optimizer": "adam", "lr": 0.01, "epochs": 2, "batch_size": 8},
+    "training": {"optimizer": "adam", "lr": 0.01, "epochs": 6, "batch_size": 8},
 }
 STAGES = ("begin", "training", "evaluation", "saving", "promoting", "erasing")
 Command = tuple[str, Any]

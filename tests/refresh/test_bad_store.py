@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bad_bench import Case, refuse
-from bad_store_bench import columns, copied, csv, forge, forge_settings, lines, piece_path, quick_store, rows
-
-from continual.refresh import Store
+from bad_bench import Case
+from bad_store_bench import copied, csv, lines, piece_path, quick_store, rows
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join(9 * ['*' + before])}]\n" for before, name in zip("abcdef", "bcdefg", strict=True)
@@ -45,12 +41,18 @@ def new(name: str, *said: str, month: int = 3, ready: Ready | None = None, count
     return update(name, lines(rows(month, count, **change)), *said, ready=ready)
 
 
-def option(argv: str, *said: str, status: int = 1, files: dict[str, Any] | None = None, ready: Ready | None = None) -> Case:
+def option(
+    argv: str, *said: str, status: int = 1, files: dict[str, Any] | None = None, ready: Ready | None = None
+) -> Case:
     return Case(argv, ["store", *argv.split()], said, files or {}, status, ready)
 
 
-def init(argv: str, *said: str, files: dict[str, Any] | None = None, status: int = 1, more: tuple[str, ...] = ()) -> Case:
-    return Case(f"init {argv} {' '.join(more)}", ["store", "init", "fresh", *argv.split(), *more], said, files or {}, status)
+def init(
+    argv: str, *said: str, files: dict[str, Any] | None = None, status: int = 1, more: tuple[str, ...] = ()
+) -> Case:
+    return Case(
+        f"init {argv} {' '.join(more)}", ["store", "init", "fresh", *argv.split(), *more], said, files or {}, status
+    )
 
 
 NEW = lines(rows(3))
@@ -252,7 +254,10 @@ def at(name: str, change: Callable[[bytes], bytes] | bytes | None) -> Ready:
 
 
 def line_out(number: int) -> Ready:
-    return at("journal.jsonl", lambda text: b"".join(line for place, line in enumerate(text.splitlines(True)) if place != number))
+    return at(
+        "journal.jsonl",
+        lambda text: b"".join(line for place, line in enumerate(text.splitlines(True)) if place != number),
+    )
 
 
 def piece(name: str, change: Callable[[bytes], bytes] | None, version: int = 3) -> Ready:
