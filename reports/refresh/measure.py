@@ -198,7 +198,7 @@ def main() -> None:
             "command": f"python reports/refresh/measure.py --data FOLDER --only {name}",
             "rules": RULES,
             "commit": commit(),
-            "versions": versions(),
+            "packages": versions(),
             "hardware": hardware(),
             "measured": now(),
         }

@@ -92,3 +92,12 @@ def test_a_gate_in_words(phrase: str, tmp_path: Path) -> None:
     kept = yaml.safe_load((tmp_path / "store" / "rules.yaml").read_text(encoding="utf-8"))["gate"]
     assert kept["max_drop"] == (0.5 if "5" in phrase.split()[2] and "0.02" not in phrase else 0.02)
     assert kept["confidence"] == 0.95
+
+
+def test_rules_are_checked_before_they_are_used(tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text("gate: {max_drop: 0.1}\nalerts: {webhook: 'https://x.org/'}\n", encoding="utf-8")
+    assert "every key is known" in continual("check", "rules.yaml", cwd=tmp_path).stdout
+    (tmp_path / "rules.yaml").write_text("gate: {max_dro: 0.1}\n", encoding="utf-8")
+    done = continual("check", "rules.yaml", cwd=tmp_path)
+    assert done.returncode == 1 and "Did you mean 'max_drop'?" in done.stderr
+    assert "max_drop_since_learnt" in continual("check", "--schema", "rules").stdout
