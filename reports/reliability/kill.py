@@ -1,7 +1,7 @@
 """A store whose every command is killed at a random moment, beside a twin that was never killed.
 
-Each command (update, rollback, promote, erase) runs in a process of its own, which gets SIGKILL either at a random time or at
-a random durable write (fsync, rename, truncation). After each kill: `verify` finds nothing wrong, the live version loads, no
+Each command (update, rollback, promote, erase) runs in a process of its own, which gets SIGKILL at a random time, at a random
+durable write (fsync, rename, truncation), or at a random moment of training or evaluation. After each kill: `verify` finds nothing wrong, the live version loads, no
 version is lost; then the same command is given again and completes, and the live version has the same bytes as the twin's.
 """
 
@@ -138,6 +138,17 @@ def start(place: Path, command: Command, limit: int | None = None) -> tuple[Any,
     return process, count, stage
 
 
+def kill_in(process: Any, stage: Any, name: str, delay: float) -> None:
+    """Kill the process so many seconds after it is first seen in a stage."""
+    wanted = STAGES.index(name)
+    while process.is_alive():
+        if stage.value == wanted:
+            time.sleep(delay)
+            os.kill(process.pid, signal.SIGKILL)
+            return
+        time.sleep(0.0005)
+
+
 def live_bytes(place: Path) -> dict[str, str]:
     """SHA-256 of every piece of the live version but its times."""
     store = Store(place)
@@ -167,13 +178,15 @@ def main() -> None:
                 raise RuntimeError(f"the twin failed at command {number}: {command}")
             seconds = time.perf_counter() - started
             known = Store(cut).versions()
-            mode = draw.choice(("time", "write"))
+            mode = draw.choice(("time", "write", "stage")) if command[0] == "update" else draw.choice(("time", "write"))
             limit = draw.randrange(max(count.value, 1)) if mode == "write" else None
             process, _, stage = start(cut, command, limit)
             if mode == "time":
                 time.sleep(draw.uniform(0, seconds))
                 if process.is_alive():
                     os.kill(process.pid, signal.SIGKILL)
+            if mode == "stage":
+                kill_in(process, stage, draw.choice(("training", "evaluation")), draw.uniform(0, 0.02))
             process.join()
             if process.exitcode == -signal.SIGKILL:
                 stages[STAGES[stage.value]] += 1

@@ -95,7 +95,9 @@ def test_a_gate_in_words(phrase: str, tmp_path: Path) -> None:
 
 
 def test_rules_are_checked_before_they_are_used(tmp_path: Path) -> None:
-    (tmp_path / "rules.yaml").write_text("gate: {max_drop: 0.1}\nalerts: {webhook: 'https://x.org/'}\n", encoding="utf-8")
+    (tmp_path / "rules.yaml").write_text(
+        "gate: {max_drop: 0.1}\nalerts: {webhook: 'https://x.org/'}\n", encoding="utf-8"
+    )
     assert "every key is known" in continual("check", "rules.yaml", cwd=tmp_path).stdout
     (tmp_path / "rules.yaml").write_text("gate: {max_dro: 0.1}\n", encoding="utf-8")
     done = continual("check", "rules.yaml", cwd=tmp_path)
