@@ -1,8 +1,9 @@
 """A store whose every command is killed at a random moment, beside a twin that was never killed.
 
 Each command (update, rollback, promote, erase) runs in a process of its own, which gets SIGKILL at a random time, at a random
-durable write (fsync, rename, truncation), or at a random moment of training or evaluation. After each kill: `verify` finds nothing wrong, the live version loads, no
-version is lost; then the same command is given again and completes, and the live version has the same bytes as the twin's.
+durable write (fsync, rename, truncation), or at a random moment of training or evaluation. After each kill `verify` finds nothing
+wrong, the live version loads, and no version is lost; then the same command is given again and completes, and the live version has
+the same bytes as the twin's.
 """
 
 from __future__ import annotations
