@@ -66,6 +66,7 @@ class Store:
         store = cls.__new__(cls)
         store.folder, store.trust = Folder(Path(path)), ()
         store.path = store.folder.path
+        _ = store.folder.settings
         return store
 
     def _check_trust(self) -> None:
