@@ -22,7 +22,10 @@ Place = Annotated[Path, typer.Argument(metavar="STORE", help="The store's folder
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 …")]
 Trust = Annotated[
     list[str] | None,
-    typer.Option("--trust", help="package.module:Class or folder of your own that the store may use. Repeatable."),
+    typer.Option(
+        "--trust",
+        help="What the store may use: package.module:Class, a folder, whom its rules tell. Repeatable.",
+    ),
 ]
 Version = Annotated[int | None, typer.Option("--version", help="A version; default: the live one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
@@ -126,7 +129,7 @@ def status_command(
     """Say which version is live, what it still knows, and what the last update did."""
     from continual.refresh import Store
 
-    opened = Store(store)
+    opened = Store.unused(store)
     print(opened.status().model_dump_json(indent=1) if as_json else opened.status())
     if html is not None:
         print(opened.page(html))
@@ -137,7 +140,7 @@ def history_command(store: Place, as_json: AsJson = False) -> None:
     """List everything that happened to the store, the oldest first."""
     from continual.refresh import Store
 
-    for entry in Store(store).history():
+    for entry in Store.unused(store).history():
         if as_json:
             print(entry.model_dump_json())
         else:
@@ -154,7 +157,7 @@ def compare_command(
     """Compare two versions, experience by experience, with where each comes from."""
     from continual.refresh import Store
 
-    print(Store(store).compare(one, other))
+    print(Store.unused(store).compare(one, other))
 
 
 @store_app.command("verify")
@@ -162,7 +165,7 @@ def verify_command(store: Place) -> None:
     """Prove the chain of versions and every byte; exit 1 where something is wrong."""
     from continual.refresh import Store
 
-    opened = Store(store)
+    opened = Store.unused(store)
     wrong = opened.verify()
     for sentence in wrong:
         print(f"continual: {sentence}", file=sys.stderr)
@@ -193,7 +196,7 @@ def promote_command(store: Place, version: Annotated[int, typer.Argument(help="T
     """Make a version live that the gate held back, or an earlier one."""
     from continual.refresh import Store
 
-    print(Store(store).promote(version))
+    print(Store.unused(store).promote(version))
 
 
 @store_app.command("rollback")
@@ -206,7 +209,7 @@ def rollback_command(
     """Make an earlier version live; the next update goes on from there."""
     from continual.refresh import Store
 
-    print(Store(store).rollback(version))
+    print(Store.unused(store).rollback(version))
 
 
 @store_app.command("erase")

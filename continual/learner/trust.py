@@ -26,11 +26,15 @@ def wishes(content: Any) -> set[str]:
     return set()
 
 
-def check_trusted(source: Path | str, asked: set[str]) -> None:
-    """Raise :class:`StateError` where a state asks for anything that nobody has named."""
+def check_trusted(source: Path | str, asked: set[str], how: str = "Learner.load(folder, trust={names})") -> None:
+    """Raise :class:`StateError` where a state asks for anything that nobody has named.
+
+    Args:
+        how: it is named.
+    """
     if asked:
         names = sorted(asked)
         raise StateError(
             f"the state in '{source}' asks to use {quoted(names)}, and a folder must not decide which code is run or which "
-            f"folder is written: if you know it, name it, Learner.load(folder, trust={names})."
+            f"folder is written: if you know it, name it, {how.format(names=names)}."
         )

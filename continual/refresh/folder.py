@@ -114,9 +114,7 @@ class Folder:
     def settings(self) -> Settings:
         """What the store is."""
         path = self.path / "store.json"
-        content, entries = read_file(path), self.journal.read()
-        if not entries:
-            raise StateError(f"'{self.journal.path}' is missing or empty: restore the store from a backup.")
+        content, entries = read_file(path), self._entries()
         if entries[0].manifest != hashlib.sha256(content).hexdigest():
             raise StateError(
                 f"'{path}' is not what was written (its SHA-256 is not the journal's): restore the store from a backup."
@@ -306,6 +304,12 @@ class Folder:
             self._known, self._known_mark = found, mark
         return self._known
 
+    def _entries(self) -> list[Entry]:
+        entries = self.journal.read()
+        if not entries:
+            raise StateError(f"'{self.journal.path}' is missing or empty: restore the store from a backup.")
+        return entries
+
     def _again(self, read: Callable[[], _Found]) -> _Found:
         """What ``read`` gives; tried once more where it fails, and more often while somebody writes."""
         for attempt in range(READS):
@@ -372,7 +376,7 @@ class Folder:
         for folder in (self.path, self.versions, self.staged):
             for left in folder.glob(".*.tmp"):
                 shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-        entries = self.journal.read()
+        entries = self._entries()
         self._settle(entries)
         live, path = live_entry(entries), self.path / "CURRENT"
         if live is None or live.version is None:

@@ -20,6 +20,7 @@ from continual.models.spec import ModelSpec, ModuleSpec, PretrainedSpec, parse_m
 from continual.objective import Objective
 from continual.provenance import now
 from continual.refresh.alerts import tell
+from continual.refresh.allowed import asked_by, check_ladder, check_rules
 from continual.refresh.card import Card
 from continual.refresh.erasure import Erasure, erase
 from continual.refresh.export import export_model
@@ -43,8 +44,8 @@ class Store:
 
     Args:
         path: of a store that :meth:`create` or ``continual store init`` made.
-        trust: references ``package.module:Class`` and folders that the store may use; a folder never decides by itself which
-            code is run.
+        trust: references ``package.module:Class`` and folders that the store may use, and the program, the web hook and the file
+            outside it that its rules may tell; a folder never decides by itself what is run.
 
     Raises:
         StateError: there is no store, or it asks for something that is not trusted.
@@ -54,8 +55,24 @@ class Store:
         self.folder = Folder(Path(path))
         self.path = self.folder.path
         self.trust = tuple(trust)
+        self._check_trust()
+
+    @classmethod
+    def unused(cls, path: Path | str) -> Store:
+        """A store whose model is not used: what it asks to be run needs no trust, and nothing of it is run.
+
+        There it is looked at, rolled back, promoted; what would use the model is refused as without trust.
+        """
+        store = cls.__new__(cls)
+        store.folder, store.trust = Folder(Path(path)), ()
+        store.path = store.folder.path
+        _ = store.folder.settings
+        return store
+
+    def _check_trust(self) -> None:
         settings = self.folder.settings
-        check_trusted(path, wishes([settings.strategy, settings.model]) - set(self.trust))
+        asked = wishes([settings.strategy, settings.model]) - set(self.trust)
+        check_trusted(self.path, asked, "--trust NAME, or Store(folder, trust={names})")
 
     @classmethod
     def create(
@@ -100,8 +117,7 @@ class Store:
         _check_columns(named)
         given = Rules.load(Path(rules)) if isinstance(rules, str | Path) else rules
         checked = given if isinstance(given, Rules) else parse(Rules, dict(given or {}), "the rules")
-        for changed in checked.ladder.settings:
-            Strategy.load(chosen, overrides=changed)
+        check_ladder(chosen, checked)
         base = base_on_disk(model)
         _check_model(spec, base)
         settings = Settings(
@@ -117,7 +133,7 @@ class Store:
             salt=secrets.token_hex(16),
         )
         make_folder(Path(path), settings, _rule_text(rules, checked))
-        return cls(path, trust=wishes([settings.strategy, settings.model]))
+        return cls(path, trust=wishes([settings.strategy, settings.model]) | asked_by(checked, Path(path)))
 
     # What there is
 
@@ -223,13 +239,15 @@ class Store:
         Raises:
             ContinualError: rows, rules or a store that cannot be; the store is as it was.
         """
+        self._check_trust()
         options = Options(name, device, again, abandon, tuple(new_labels), self.trust, progress)
         notes: list[str] = []
         with self.folder.writing("update"):
+            rules = self.folder.rules
+            check_rules(rules, self.path, set(self.trust))
             outcome = Update(self.folder, data, options, on_note or notes.append)()
-            rules = self.folder.rules.alerts
         live = None if outcome.live is None else (self.manifest(outcome.live), self.report(outcome.live))
-        deaf = tell(outcome, rules, self.path, live)
+        deaf = tell(outcome, rules.alerts, self.path, live)
         return outcome.model_copy(update={"notes": (*outcome.notes, *deaf)})
 
     def promote(self, version: int) -> str:
@@ -294,11 +312,13 @@ class Store:
         return self._erase(lambda: read_rows(rows, settings.columns, settings.objective, settings.salt).ids)
 
     def _erase(self, rows: Callable[[], Tensor]) -> Erasure:
+        self._check_trust()
         with self.folder.writing("erase"), self.folder.cached():
             return erase(self.folder, rows(), self.trust)
 
     def learner(self, version: int | None = None, *, device: str = "auto") -> Learner:
         """The learner of a version (the live one)."""
+        self._check_trust()
         number = self._version(version)
         return Learner.restore(
             self.folder.state(number), f"version {number}", trust=self.trust, device=device, progress=False

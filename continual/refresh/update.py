@@ -24,6 +24,7 @@ from continual.monitor.evaluation import evaluating
 from continual.objective import PRIMARY
 from continual.parts.replay.store import KeepsRows
 from continual.provenance import commit, now, versions
+from continual.refresh.allowed import check_ladder, check_rules
 from continual.refresh.drift import compare, stopped_by
 from continual.refresh.folder import Folder, no_link
 from continual.refresh.intake import Divided, Offered, check_form, check_labels, divide, read_rows, without
@@ -46,6 +47,7 @@ from continual.refresh.records import (
 )
 from continual.refresh.rules import Happened, Rules
 from continual.refresh.wording import word_pieces
+from continual.spec import parse
 from continual.state import recover_folder
 from continual.strategy import Strategy
 from continual.streams.check import require_experience
@@ -115,7 +117,9 @@ class Update:
             known = None if self.options.again else self._known()
             if known is not None:
                 return known
-        rules = self.folder.rules if request is None else Rules.model_validate(request.rules)
+        rules = self.folder.rules if request is None else _rules_of(request)
+        check_rules(rules, self.folder.path, {*self.options.trust})
+        check_ladder(self.strategy, rules)
         parent = None if self.live is None else self._restored(self.live)
         offered = self._fresh_rows(parent)
         limit = holdout_rows(rules, 0 if parent is None else len(parent.experience_names))
@@ -185,7 +189,7 @@ class Update:
                 f"'{path}', which tells of an update that broke off, is damaged: add --abandon to give it up."
             ) from error
         tries = [number for number in self.folder.numbers() if number >= request.first]
-        over = len(tries) > len(Rules.model_validate(request.rules).ladder.settings)
+        over = len(tries) > len(_rules_of(request).ladder.settings)
         if self.live in tries or (over and request.fingerprint != self.offered.fingerprint):
             self._done()
             return None
@@ -465,6 +469,10 @@ class Update:
             seconds=time.perf_counter() - self.begun,
             notes=() if report is None else report.notes,
         )
+
+
+def _rules_of(request: Request) -> Rules:
+    return parse(Rules, request.rules, f"the rules of the update with '{request.path}' that broke off")
 
 
 def holdout_rows(rules: Rules, experiences: int) -> int:
