@@ -133,7 +133,7 @@ def child(place: Path, command: Command, limit: int | None, count: Any, stage: A
 
 def start(place: Path, command: Command, limit: int | None = None) -> tuple[Any, Any, Any]:
     fork = multiprocessing.get_context("fork")
-    count, stage = fork.Value("i", 0), fork.Value("i", 0)
+    count, stage = fork.Value("i", 0, lock=False), fork.Value("i", 0, lock=False)
     process = fork.Process(target=child, args=(place, command, limit, count, stage))
     process.start()
     return process, count, stage
