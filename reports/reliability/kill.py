@@ -33,7 +33,7 @@ from continual.refresh.folder import Folder
 from continual.refresh.objects import Objects
 
 FEATURES = 8
-RULES = {"gate": {"max_drop": 0.9, "unsure": "promote"}, "holdout": {"share": 0.25}, "save_every": 3}
+RULES = {"gate": {"max_drop": 0.9, "unsure": "promote"}, "holdout": {"share": 0.25}, "save_every": 8}
 STRATEGY = {
     "replay": {"kind": "rehearsal", "select": "class-balanced", "capacity": 120, "share": 0.5},
     "training": {"optimizer": "adam", "lr": 0.01, "epochs": 6, "batch_size": 8},
@@ -187,7 +187,7 @@ def main() -> None:
                 if process.is_alive():
                     os.kill(process.pid, signal.SIGKILL)
             if mode == "stage":
-                kill_in(process, stage, draw.choice(("training", "evaluation")), draw.uniform(0, 0.02))
+                kill_in(process, stage, draw.choice(("training", "evaluation")), draw.uniform(0, 0.004))
             process.join()
             if process.exitcode == -signal.SIGKILL:
                 stages[STAGES[stage.value]] += 1
