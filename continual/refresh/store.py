@@ -265,9 +265,12 @@ class Store:
         """Make an earlier version live; returns a sentence.
 
         Args:
-            version: None takes the one that the live version was trained on from.
+            version: None takes the one that the live version was trained on from; where that broke off, the same call finishes it
+                and goes no further back.
         """
-        with self.folder.writing("rollback"):
+        with self.folder.writing("rollback") as finished:
+            if version is None and finished is not None and finished.event == "rolled back":
+                return f"{finished.sentence}, which had broken off; the next update goes on from there."
             live = self.folder.current()
             if live is None:
                 raise StateError(f"'{self.path}' has no live version yet: there is nothing to roll back.")
