@@ -379,7 +379,8 @@ DAMAGE = [
     *damage("rules.yaml with code", at("rules.yaml", b"gate: !!python/object/apply:os.mkdir ['hacked']\n"), "verify update",
             "not valid YAML", "constructor"),
     *damage("rules.yaml of an unknown key", at("rules.yaml", b"gaet: {}\n"), "verify update", "unknown key 'gaet'", "'gate'?"),
-    *damage("erased.json of words", at("erased.json", b"all\n"), "status verify update erase", "'store/erased.json' is not what was written"),
+    *damage("erased.json of words", at("erased.json", b"all\n"), "status verify update erase",
+            "'store/erased.json' is not what was written"),
     *damage("a version that nobody made", lambda folder: shutil.copytree(folder / "store/versions/0003",
             folder / "store/versions/0004"), "verify", "'store/versions/0004' is no version that the journal knows"),
     *[one for name in ("store.json", "journal.jsonl", "CURRENT", "rules.yaml", "versions", "objects", "staged", "work", "cache")
