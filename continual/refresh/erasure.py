@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from continual.errors import StateError
-from continual.learner import Learner
 from continual.refresh.folder import Folder
 from continual.refresh.pieces import entries_of, split
 from continual.refresh.records import Drift, Piece, Report, record_text
+from continual.refresh.restored import restored, whole
 from continual.refresh.verify import verify
 
 
@@ -82,11 +82,10 @@ def _erase(folder: Folder, rows: Tensor, trust: Sequence[str]) -> Erasure:
             if parent != manifest.parent_manifest:
                 manifests[version] = folder.stage(manifest.model_copy(update={"parent_manifest": parent}), report)
             continue
-        learner = Learner.restore(
-            folder.state(version), f"version {version}", trust=trust, device="cpu", progress=False
-        )
-        for place, count in learner.erase(rows).items():
-            places[place] = places.get(place, 0) + count
+        learner = restored(folder, version, trust, device="cpu", progress=False)
+        with whole(folder, version):
+            for place, count in learner.erase(rows).items():
+                places[place] = places.get(place, 0) + count
         pieces = {name: piece for name, piece in manifest.pieces.items() if name == "form"}
         pieces |= {name: folder.objects.put(piece) for name, piece in split(learner.state()).items()}
         report = _without_names(report)
@@ -110,10 +109,12 @@ def _touched(folder: Folder, version: int, rows: Tensor) -> tuple[Tensor, Tensor
     """Those of ``rows`` that a version was given, and those that its weights were trained on."""
     held, taught = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
     names = [name for name in folder.manifest(version).pieces if name.startswith("ledger/")]
-    for entry in entries_of({name: folder.piece(version, name) for name in names}, "ledger").values():
-        taught.append(entry["trained_ids"])
-        held += [entry["trained_ids"], entry["tested_ids"]]
-    return rows[torch.isin(rows, torch.cat(held))], rows[torch.isin(rows, torch.cat(taught))]
+    pieces = {name: folder.piece(version, name) for name in names}
+    with whole(folder, version):
+        for entry in entries_of(pieces, "ledger").values():
+            taught.append(entry["trained_ids"])
+            held += [entry["trained_ids"], entry["tested_ids"]]
+        return rows[torch.isin(rows, torch.cat(held))], rows[torch.isin(rows, torch.cat(taught))]
 
 
 def _commands(folder: Folder, trained: list[int]) -> tuple[str, ...]:

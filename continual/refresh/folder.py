@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 from annotated_types import Ge
 from filelock import FileLock, Timeout
-from pydantic import Field
+from pydantic import Field, StringConstraints
 from torch import Tensor
 
 from continual.errors import StateError
@@ -84,7 +84,7 @@ class Settings(Record):
     scenario: Scenario
     objective: Objective
     columns: Columns = Field(default_factory=Columns)
-    salt: str
+    salt: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 
 
 class Erased(Record):
@@ -334,8 +334,11 @@ class Folder:
                 shutil.rmtree(cache, ignore_errors=True)
 
     @contextmanager
-    def writing(self, what: str) -> Iterator[None]:
+    def writing(self, what: str) -> Iterator[Entry | None]:
         """Hold the store as its only writer, after what an earlier one left unfinished was finished.
+
+        Yields:
+            The entry of the journal by which a version went live only now, since an earlier command broke off before that.
 
         Raises:
             StateError: another process holds it, or the folder cannot be written.
@@ -354,23 +357,25 @@ class Folder:
         try:
             holder = {"process": os.getpid(), "machine": platform.node(), "what": what, "since": now()}
             write_bytes(self.path / ".holder", json.dumps(holder).encode())
-            self.recover()
-            yield
+            yield self.recover()
         finally:
             with suppress(OSError):
                 (self.path / ".holder").unlink(missing_ok=True)
             lock.release()
 
-    def recover(self) -> None:
+    def recover(self) -> Entry | None:
         """Finish what was promised in the journal and remove what was not; call it as the only writer.
+
+        Returns:
+            The last entry, where a version goes live by it only now.
 
         Raises:
             StateError: the disk is full or cannot be written; what is not finished stays promised.
         """
         with self._on_disk():
-            self._recover()
+            return self._recover()
 
-    def _recover(self) -> None:
+    def _recover(self) -> Entry | None:
         self.journal.mend()
         shutil.rmtree(self.path / "cache", ignore_errors=True)
         for folder in (self.path, self.versions, self.staged):
@@ -383,6 +388,8 @@ class Folder:
             path.unlink(missing_ok=True)
         elif not path.is_file() or path.read_bytes() != _pointer(live.version):
             self._point(live.version)
+            return live if live is entries[-1] else None
+        return None
 
     def stage(self, manifest: Manifest, report: Report) -> str:
         """Put a version's manifest and report beside its place; returns the manifest's SHA-256, for the journal."""
@@ -480,7 +487,12 @@ class Folder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _point(self, version: int) -> None:
-        write_bytes(self.path / "CURRENT", _pointer(version))
+        path = self.path / "CURRENT"
+        try:
+            write_bytes(path, _pointer(version))
+        except StateError:
+            if not path.is_file() or path.read_bytes() != _pointer(version):
+                raise  # where it is there and only its flush failed, the journal holds it
 
     def _holder(self) -> str:
         try:

@@ -72,11 +72,13 @@ class Objects:
     def sweep(self, used: set[str]) -> int:
         """Remove every object that is not ``used``, and what a killed process began to write; returns how many."""
         removed = 0
-        for folder in [path for path in self.folder.glob("*") if path.is_dir() and not path.is_symlink()]:
+        folders = [path for path in self.folder.glob("*") if path.is_dir() and not path.is_symlink()]
+        for folder in folders:
             for path in list(folder.iterdir()):
                 if folder.name + path.name not in used:
                     path.unlink(missing_ok=True)
                     removed += 1
+        for folder in folders:
             flush(folder)
         return removed
 

@@ -29,6 +29,7 @@ from continual.refresh.intake import read_rows, row_ids
 from continual.refresh.journal import Entry
 from continual.refresh.page import Event, render_page
 from continual.refresh.records import Manifest, Outcome, Report
+from continual.refresh.restored import restored
 from continual.refresh.rules import Rules
 from continual.refresh.status import Status, compare, status_of
 from continual.refresh.update import Options, Update
@@ -265,9 +266,12 @@ class Store:
         """Make an earlier version live; returns a sentence.
 
         Args:
-            version: None takes the one that the live version was trained on from.
+            version: None takes the one that the live version was trained on from; where that broke off, the same call finishes it
+                and goes no further back.
         """
-        with self.folder.writing("rollback"):
+        with self.folder.writing("rollback") as finished:
+            if version is None and finished is not None and finished.event == "rolled back":
+                return f"{finished.sentence}, which had broken off; the next update goes on from there."
             live = self.folder.current()
             if live is None:
                 raise StateError(f"'{self.path}' has no live version yet: there is nothing to roll back.")
@@ -320,9 +324,7 @@ class Store:
         """The learner of a version (the live one)."""
         self._check_trust()
         number = self._version(version)
-        return Learner.restore(
-            self.folder.state(number), f"version {number}", trust=self.trust, device=device, progress=False
-        )
+        return restored(self.folder, number, self.trust, device=device, progress=False)
 
     def predict(self, rows: Any, *, version: int | None = None, device: str = "auto") -> dict[str, Any]:
         """Predictions of a version (the live one), as :meth:`Learner.predict` gives them."""

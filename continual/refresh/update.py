@@ -45,6 +45,7 @@ from continual.refresh.records import (
     read_record,
     record_text,
 )
+from continual.refresh.restored import restored
 from continual.refresh.rules import Happened, Rules
 from continual.refresh.wording import word_pieces
 from continual.spec import parse
@@ -435,7 +436,7 @@ class Update:
 
     def _restored(self, version: int, **options: Any) -> Learner:
         options = {"device": self.options.device, "progress": False, **options}
-        learner = Learner.restore(self.folder.state(version), f"version {version}", trust=self.options.trust, **options)
+        learner = restored(self.folder, version, self.options.trust, **options)
         self._notes, self._known_classes = len(learner.notes), len(learner.class_names)
         return learner
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from store_bench import COLUMNS, small_store
 
 from continual.refresh import Store
@@ -55,7 +56,9 @@ def columns(found: Rows) -> dict[str, Any]:
 
 def quick_store(place: Path, months: int, **changes: Any) -> Store:
     """A store of a tiny network after so many updates, each of one epoch."""
-    store = small_store(place, **{"strategy": QUICK, "rules": RULES, "columns": COLUMNS, **changes})
+    (place / "rules.yaml").write_text(yaml.safe_dump(RULES), encoding="utf-8")
+    store = small_store(place, **{"strategy": QUICK, "rules": place / "rules.yaml", "columns": COLUMNS, **changes})
+    (place / "rules.yaml").unlink()
     for month in range(months):
         (place / "rows.jsonl").write_text(lines(rows(month)), encoding="utf-8")
         store.update(place / "rows.jsonl", name=f"month-{month}", device="cpu", progress=False)

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bad_bench import Case
-from bad_store_bench import copied, csv, lines, piece_path, quick_store, rows
+import torch
+from bad_bench import Case, refuse, tree, write
+from bad_store_bench import (
+    QUICK,
+    copied,
+    csv,
+    forge,
+    forge_manifest,
+    forge_settings,
+    lines,
+    piece_path,
+    quick_store,
+    rows,
+)
+from test_cli import continual
+from text_bench import WORDS, tiny_bert
+
+from continual.refresh import Store
+from continual.refresh.intake import row_ids
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join(9 * ['*' + before])}]\n" for before, name in zip("abcdef", "bcdefg", strict=True)
@@ -361,7 +380,7 @@ DAMAGE = [
             "not valid YAML", "constructor"),
     *damage("rules.yaml of an unknown key", at("rules.yaml", b"gaet: {}\n"), "verify update", "unknown key 'gaet'", "'gate'?"),
     *damage("erased.json of words", at("erased.json", b"all\n"), "status verify update erase",
-         "'store/erased.json' is not what was written"),
+            "'store/erased.json' is not what was written"),
     *damage("a version that nobody made", lambda folder: shutil.copytree(folder / "store/versions/0003",
             folder / "store/versions/0004"), "verify", "'store/versions/0004' is no version that the journal knows"),
     *[one for name in ("store.json", "journal.jsonl", "CURRENT", "rules.yaml", "versions", "objects", "staged", "work", "cache")
@@ -369,3 +388,266 @@ DAMAGE = [
     *damage("a version a link", link("versions/0003"), "status verify predict update", "'store/versions/0003' is a link"),
     *damage("a manifest a link", link(M3), "status verify predict update", f"'store/{M3}' is a link"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*FILES, *OPTIONS, *INITS], ids=lambda case: case.name)
+def test_bad_input_is_one_sentence_and_the_store_as_it_was(case: Case, folder: Path) -> None:
+    refuse(case, folder)
+
+
+@pytest.mark.parametrize("case", DAMAGE, ids=lambda case: case.name)
+def test_a_damaged_store_is_named_and_left_as_it_is(case: Case, folder: Path) -> None:
+    refuse(case, folder)
+
+
+@pytest.mark.parametrize("command", ["promote store 3", "promote store 2", "rollback store 1"])
+@pytest.mark.parametrize("content", [None, b"", b"three\n", b"9\n", b"1\n"])
+def test_current_is_put_right_by_the_next_command_that_writes(
+    command: str, content: bytes | None, folder: Path
+) -> None:
+    at("CURRENT", content)(folder)
+    done = continual("store", *command.split(), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    version = int(command[-1])
+    assert ("nothing was done" in done.stdout) == (version == 3) and ("from version 3" in done.stdout) == (version == 1)
+    assert Store(folder / "store").live == version and Store(folder / "store").verify() == []
+
+
+def test_every_line_is_missed(folder: Path) -> None:
+    """One that is taken out breaks the chain; those cut off at the end leave a whole one, and what they told of is strange."""
+    path = folder / "store" / "journal.jsonl"
+    whole = path.read_bytes().splitlines(keepends=True)
+    for number in range(len(whole) - 1):
+        path.write_bytes(b"".join(whole[:number] + whole[number + 1 :]))
+        assert continual("store", "verify", "store", cwd=folder).returncode == 1
+    for number in range(1, len(whole)):
+        path.write_bytes(b"".join(whole[:number]))
+        assert continual("store", "verify", "store", cwd=folder).returncode == 1, number
+
+
+# Stores of other kinds
+
+
+def test_what_leaves_nothing_to_do_is_said_and_nothing_is_written(folder: Path) -> None:
+    (folder / "again.jsonl").write_text(lines(rows(1)), encoding="utf-8")
+    before = tree(folder)
+    for argv, said in (
+        (
+            "update store again.jsonl --device cpu",
+            "version 2 learnt these rows already, as 'month-1': nothing was done",
+        ),
+        ("promote store 3", "version 3 is live already: nothing was done"),
+        ("rollback store 3", "version 3 is live already: nothing was done"),
+    ):
+        done = continual("store", *argv.split(), cwd=folder)
+        assert done.returncode == 0 and said in done.stdout, done
+        assert tree(folder) == before
+
+
+def test_a_rollback_past_the_first(folder: Path) -> None:
+    assert continual("store", "rollback", "store", "1", cwd=folder).returncode == 0
+    refuse(option("rollback store", "version 1 is the first", "none before it"), folder)
+
+
+def test_rows_that_were_erased(folder: Path) -> None:
+    files = {"ids.txt": "".join(f"{row['id']}\n" for row in rows(4, 6)), "new.jsonl": lines(rows(4, 6))}
+    write(folder, files)
+    done = continual("store", "erase", "store", "--rows", "ids.txt", cwd=folder)
+    assert done.returncode == 0 and "0 of 6 rows were erased from 0 versions" in done.stdout
+    refuse(
+        update("erased", lines(rows(4, 6)), "all 6 rows", "were erased from this store", "nothing new to learn"), folder
+    )
+    before = tree(folder)
+    assert continual("store", "erase", "store", "--rows", "ids.txt", cwd=folder).returncode == 0
+    assert tree(folder) == before, "what is erased already is not written down again"
+
+
+def test_rows_that_are_held_out_under_other_ids(folder: Path) -> None:
+    """They are not trained on; where nothing else is there, the update is refused."""
+    store = Store(folder / "store")
+    held = store.learner(device="cpu").ledger.entries[1].tested_ids
+    salt = store.folder.settings.salt
+    kept = [row for row in rows(1) if int(row_ids([row["id"]], salt)) in held.tolist()]
+    assert 2 <= len(kept) < 16
+    fresh = [{**row, "id": f"again-{row['id']}"} for row in kept]
+    said = ("rows of 'new' have the same content as test rows of earlier updates", "rows of its own")
+    refuse(option("update store new.jsonl --device cpu", *said, files={"new.jsonl": lines(fresh)}), folder)
+    (folder / "more.jsonl").write_text(lines([*fresh, *rows(3)]), encoding="utf-8")
+    done = continual("store", "update", "store", "more.jsonl", "--device", "cpu", cwd=folder)
+    assert done.returncode == 0, done
+    assert "have the same content as test rows of earlier updates and were left out" in done.stdout, done.stdout
+    entry = store.learner(device="cpu").ledger.entries[-1]
+    assert not torch.isin(row_ids([row["id"] for row in fresh], salt), entry.trained_ids).any()
+
+
+def test_one_row_alone(folder: Path) -> None:
+    (folder / "one.jsonl").write_text(lines(rows(3, 1)), encoding="utf-8")
+    done = continual("store", "update", "store", "one.jsonl", "--device", "cpu", cwd=folder)
+    assert done.returncode == 0 and "version 4" in done.stdout, done
+    assert Store(folder / "store").manifest().data.trained == 1 and Store(folder / "store").verify() == []
+
+
+@pytest.fixture(scope="module")
+def fixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store in the scenario domain, whose rows have no ids."""
+    place = tmp_path_factory.mktemp("fixed")
+    quick_store(place, 0, scenario="domain", columns={"features": ["a", "b", "c"]})
+    for month in range(2):
+        (place / "rows.jsonl").write_text(lines(rows(month, label=lambda n: "xyz"[n % 3])), encoding="utf-8")
+        Store(place / "store").update(place / "rows.jsonl", name=f"m{month}", device="cpu", progress=False)
+    return place
+
+
+FIXED = [
+    new("a class that is not there", "has no rows of 'z'", "'domain' every update has all 3 classes", label=lambda n: "xy"[n % 2]),
+    option("update store new.jsonl", "class 'w' is new", "the classes are fixed",
+           files={"new.jsonl": lines(rows(3, label=lambda n: "xyzw"[n % 4]))}),
+    new("one class", "has no rows of", "'y'", "'z'", label="x"),
+    option("erase store --rows ids.txt", "no id column", "--rows", files=IDS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FIXED, ids=lambda case: case.name)
+def test_classes_that_are_fixed(case: Case, fixed: Path, tmp_path: Path) -> None:
+    copied(fixed / "store", tmp_path)
+    refuse(case, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def worded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of LoRA adapters on a tiny transformer, whose folder lies beside it."""
+    place = tmp_path_factory.mktemp("worded")
+    tiny_bert(place / "base")
+    lora = {
+        "adapter": {"kind": "lora", "rank": 4},
+        "training": {"optimizer": "sgd", "lr": 0.1, "epochs": 1, "batch_size": 8},
+    }
+    with contextlib.chdir(place):
+        model = {"kind": "pretrained", "name": "./base", "max_length": 8}
+        store = quick_store(Path(), 0, model=model, strategy={"name": "lora", **lora}, columns={"text": "text"})
+        Path("rows.jsonl").write_text(lines(texts(0)), encoding="utf-8")
+        store.update("rows.jsonl", device="cpu", progress=False)
+    return place
+
+
+def texts(month: int, **change: Any) -> list[dict[str, Any]]:
+    found = [{"text": f"{WORDS[(2 * month + n) % 6]} {WORDS[n % 5]}", "label": f"l{month}{n % 2}"} for n in range(12)]
+    return [{**row, **{k: v(n) if callable(v) else v for k, v in change.items()}} for n, row in enumerate(found)]
+
+
+def another_base(folder: Path) -> None:
+    shutil.rmtree(folder / "base")
+    tiny_bert(folder / "base")
+    path = folder / "base" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+
+
+def text_case(name: str, *said: str, **change: Any) -> Case:
+    return update(f"text, {name}", lines(texts(1, **change)), *said)
+
+
+BASE = "the base model has SHA-256"
+WORDED = [
+    text_case("empty", "'text' of row 3 is empty", text=lambda n: "" if n == 3 else "red"),
+    text_case("of blanks", "'text' of row 3 is empty", text=lambda n: "  " if n == 3 else "red"),
+    text_case("missing", "'text' of row 3 is empty", text=lambda n: None if n == 3 else "red"),
+    text_case("numbers", "'text' of row 0 is int, not text", text=lambda n: n),
+    update("text, another column", lines(texts(1)).replace('"text"', '"txt"'), "no column 'text'", "'txt'?"),
+    option("predict store -i new.jsonl -o out.jsonl", "'text' of row 1 is empty",
+           files={"new.jsonl": '{"text": "red"}\n{"text": ""}\n'}),
+    option("export store --to out --max-rank 2", "rank", "2"),
+    option("export store --to base", "holds something", "name a new folder"),
+    option("update store new.jsonl", BASE, "give the same base model", files={"new.jsonl": lines(texts(1))}, ready=another_base),
+    option("predict store -i new.jsonl -o out.jsonl", BASE, files={"new.jsonl": lines(texts(1))}, ready=another_base),
+    option("export store --to out", BASE, ready=another_base),
+    option("update store new.jsonl", "there is no folder './base'", files={"new.jsonl": lines(texts(1))},
+           ready=lambda folder: shutil.rmtree(folder / "base")),
+    option("predict store -i new.jsonl -o out.jsonl", "there is no folder './base'", files={"new.jsonl": lines(texts(1))},
+           ready=lambda folder: shutil.rmtree(folder / "base")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WORDED, ids=lambda case: case.name)
+def test_texts_and_a_base_model(case: Case, worded: Path, tmp_path: Path) -> None:
+    shutil.copytree(worded, tmp_path, dirs_exist_ok=True)
+    refuse(case, tmp_path)
+
+
+def test_the_base_model_is_the_one_that_the_store_was_made_for(worded: Path, tmp_path: Path) -> None:
+    shutil.copytree(worded / "base", tmp_path / "base")
+    made = continual(
+        "store", "init", "store", "--model", "./base", "--strategy", "lora", "--text", "text", cwd=tmp_path
+    )
+    assert made.returncode == 0, made.stderr
+    files = {"new.jsonl": lines(texts(1))}
+    refuse(option("update store new.jsonl --device cpu", BASE, "made for", files=files, ready=another_base), tmp_path)
+
+
+# What a stranger's store asks for
+
+
+def rules(content: str) -> Ready:
+    return at("rules.yaml", f"gate: {{max_drop: 0.9, unsure: promote}}\n{content}\n".encode())
+
+
+def settings(**changes: Any) -> Ready:
+    return lambda folder: forge_settings(folder / "store", **changes)
+
+
+EVIL = {"kind": "evil_module:Part"}
+ASKS = [
+    *[one for name, ready in (
+        ("a part", settings(strategy={**QUICK, "penalty": EVIL})),
+        ("a model", settings(model={"kind": "module", "class": "evil_module:Part"})),
+    ) for one in damage(f"asks for {name}", ready, "predict update erase export", "'evil_module:Part'", "--trust")],
+    *[one for name, text, asked in (
+        ("a part in a try", "ladder: {settings: [{replay.kind: 'evil_module:Part'}]}", "evil_module:Part"),
+        ("a part in a try, nested", "ladder: {settings: [{penalty: {kind: 'evil_module:Part'}}]}", "evil_module:Part"),
+        ("a folder in a try", "ladder: {settings: [{replay.folder: /tmp/evil}]}", "/tmp/evil"),
+        ("a program", "alerts: {command: [touch, hacked]}", "touch"),
+        ("a web hook", "alerts: {webhook: 'https://evil.example/x'}", "https://evil.example/x"),
+        ("a file outside", "alerts: {prometheus: ../hacked}", "../hacked"),
+    ) for one in damage(f"asks for {name}", rules(text), "update", f"'{asked}'", "--trust")],
+    *damage("another format", settings(format=2), ALL, "'store/store.json' is damaged (format", "backup"),
+    *damage("another format of a version",
+            lambda folder: forge_manifest(folder / "store", 3, lambda one: one.update(format=2)),
+            "status verify predict update", f"'store/{M3}' is damaged (format", "backup"),
+    *damage("a salt of words", settings(salt="salt"), "status update erase", "'store/store.json' is damaged (salt"),
+    *damage("a piece outside", lambda folder: forge_manifest(folder / "store", 3, lambda one: one["pieces"].update(
+            {"../../outside": {"sha256": "0" * 64, "bytes": 1}})), "status verify predict", "is damaged (pieces.../../outside"),
+    *damage("a piece by another digest", lambda folder: forge_manifest(folder / "store", 3, lambda one: one["pieces"].update(
+            {"learner": {"sha256": "../" * 21 + "x", "bytes": 1}})), "status verify predict", "is damaged (pieces.learner.sha256"),
+    *damage("a parent after its child", lambda folder: forge(folder / "store", lambda lines: lines[3].update(parent=3)),
+            "export", "comes before its parent", "backup"),
+    *damage("a promise of no version", lambda folder: forge(folder / "store", lambda lines: lines[-1].update(version=9)),
+            "verify", "the journal version 9"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ASKS, ids=lambda case: case.name)
+def test_a_strangers_store_decides_nothing(case: Case, folder: Path) -> None:
+    (folder / "evil_module.py").write_text("open('hacked', 'w')\n", encoding="utf-8")
+    refuse(case, folder)
+
+
+def test_what_a_store_asks_for_is_done_where_it_is_named(folder: Path) -> None:
+    rules(f"alerts: {{command: [{sys.executable}, -c, \"open('told', 'w')\"], prometheus: ../out.prom}}")(folder)
+    (folder / "new.jsonl").write_text(NEW, encoding="utf-8")
+    trust = ["--trust", sys.executable, "--trust", "../out.prom"]
+    done = continual("store", "update", "store", "new.jsonl", "--device", "cpu", *trust, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "out.prom").is_file() and (folder / "store" / "told").is_file()
+
+
+def test_a_store_of_code_of_ones_own_is_looked_at_without_trust(folder: Path) -> None:
+    settings(strategy={**QUICK, "penalty": EVIL})(folder)
+    for argv in (
+        "status store",
+        "history store",
+        "compare store 1 2",
+        "verify store",
+        "promote store 2",
+        "rollback store",
+    ):
+        done = continual("store", *argv.split(), cwd=folder)
+        assert done.returncode == 0, done.stderr
