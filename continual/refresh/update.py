@@ -150,7 +150,7 @@ class Update:
             made = self._made(request, attempt)
             version = self._try(request, rules, experience, offered, data, attempt, changed) if made is None else made
             manifest = self.folder.manifest(version)
-            goes = manifest.answer == "pass" or (manifest.answer == "cannot tell" and rules.gate.unsure == "promote")
+            goes = _goes_live(manifest, rules)
             late = rules.ladder.minutes is not None and time.perf_counter() - self.begun > 60 * rules.ladder.minutes
             if goes or late or attempt == len(attempts) - 1:
                 break
@@ -185,7 +185,9 @@ class Update:
                 f"'{path}', which tells of an update that broke off, is damaged: add --abandon to give it up."
             ) from error
         tries = [number for number in self.folder.numbers() if number >= request.first]
-        over = len(tries) > len(Rules.model_validate(request.rules).ladder.settings)
+        rules = Rules.model_validate(request.rules)
+        waits = bool(tries) and _goes_live(self.folder.manifest(tries[-1]), rules)
+        over = len(tries) > len(rules.ladder.settings) and not waits
         if self.live in tries or (over and request.fingerprint != self.offered.fingerprint):
             self._done()
             return None
@@ -465,6 +467,11 @@ class Update:
             seconds=time.perf_counter() - self.begun,
             notes=() if report is None else report.notes,
         )
+
+
+def _goes_live(manifest: Manifest, rules: Rules) -> bool:
+    """Whether the gate lets a version go live, or the rules let through what it could not tell."""
+    return manifest.answer == "pass" or (manifest.answer == "cannot tell" and rules.gate.unsure == "promote")
 
 
 def holdout_rows(rules: Rules, experiences: int) -> int:

@@ -14,7 +14,7 @@ from store_bench import COLUMNS, LOOSE, STRATEGY, bytes_of, grown, month, small_
 from continual import Learner
 from continual.errors import CompositionError, ContinualError, SpecError, StateError, StreamError
 from continual.refresh import Rules, Store
-from continual.refresh.folder import make_folder
+from continual.refresh.folder import Folder, make_folder
 from continual.refresh.intake import read_rows
 from continual.refresh.update import Update, holdout_rows
 
@@ -211,6 +211,22 @@ def test_an_update_that_broke_off_is_not_lost_to_another_one(tmp_path: Path, mon
         store.erase(["m0-1"])
     assert store.update(month(tmp_path, 2), device="cpu", progress=False, abandon=True).happened == "promoted"
     assert "abandoned" in [entry.event for entry in store.history()]
+
+
+def test_a_version_that_passed_and_was_not_yet_live_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = grown(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "go_live", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.update(month(tmp_path, 1), device="cpu", progress=False)
+    assert store.versions() == [1, 2] and store.live == 1 and store.manifest(2).answer == "pass"
+    with pytest.raises(StateError, match=r"month-1.*broke off with other rows"):
+        store.update(month(tmp_path, 2), device="cpu", progress=False)
+    assert store.update(month(tmp_path, 1), device="cpu", progress=False).live == 2 and store.versions() == [1, 2]
+    assert store.update(month(tmp_path, 2), device="cpu", progress=False).live == 3
+    assert [one.name for one in store.report().measured] == ["month-0", "month-1", "month-2"]
 
 
 def test_hold_outs_fit_their_budget_whatever_the_number_of_experiences(tmp_path: Path) -> None:
