@@ -97,13 +97,13 @@ def _erase(folder: Folder, rows: Tensor, trust: Sequence[str]) -> Erasure:
         written.append(version)
     before = folder.erased()
     gone = torch.unique(torch.cat([before, rows]))
-    sentence = f"{len(known)} of {len(rows)} rows were erased from {len(written)} versions"
+    more = f"; the weights of {_listed(trained)} were trained on them" if trained else ""
+    sentence = f"{len(known)} of {len(rows)} rows were erased from {len(written)} versions{more}"
     if manifests or len(gone) > len(before):
         folder.put_erased(manifests, gone.tolist(), len(known), sentence)
     folder.sweep()
     commands = _commands(folder, trained)
-    more = f"; the weights of {_listed(trained)} were trained on them" if trained else ""
-    return Erasure(len(rows), len(known), places, tuple(written), tuple(trained), commands, f"{sentence}{more}.")
+    return Erasure(len(rows), len(known), places, tuple(written), tuple(trained), commands, f"{sentence}.")
 
 
 def _touched(folder: Folder, version: int, rows: Tensor) -> tuple[Tensor, Tensor]:

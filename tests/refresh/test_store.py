@@ -268,6 +268,26 @@ def test_rows_are_erased_from_every_version_and_every_byte(tmp_path: Path) -> No
     assert store.update(month(tmp_path, 3), device="cpu", progress=False).happened == "promoted"
 
 
+def test_an_erasure_that_was_killed_before_it_removed_the_bytes_is_finished_by_the_next_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = grown(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "sweep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.erase(["m0-0", "m0-1"])
+    last = store.history()[-1]
+    assert last.event == "erased" and "the weights of versions 1, 2 were trained on them" in last.sentence
+
+    def unused() -> set[str]:
+        used = {piece.sha256 for version in store.versions() for piece in store.manifest(version).pieces.values()}
+        return {path.parent.name + path.name for path in (store.path / "objects").glob("*/*")} - used
+
+    assert unused()
+    store.promote(2)
+    assert not unused() and store.verify() == []
+
+
 def test_rows_without_ids_are_erased_by_themselves(tmp_path: Path) -> None:
     columns = {key: value for key, value in COLUMNS.items() if key != "id"}
     store = grown(tmp_path, 2, columns=columns)
