@@ -26,6 +26,7 @@ from continual.refresh.export import export_model
 from continual.refresh.folder import Columns, Folder, Settings, make_folder
 from continual.refresh.intake import read_rows, row_ids
 from continual.refresh.journal import Entry
+from continual.refresh.ladder import check_ladder
 from continual.refresh.page import Event, render_page
 from continual.refresh.records import Manifest, Outcome, Report
 from continual.refresh.rules import Rules
@@ -100,8 +101,7 @@ class Store:
         _check_columns(named)
         given = Rules.load(Path(rules)) if isinstance(rules, str | Path) else rules
         checked = given if isinstance(given, Rules) else parse(Rules, dict(given or {}), "the rules")
-        for changed in checked.ladder.settings:
-            Strategy.load(chosen, overrides=changed)
+        check_ladder(chosen, checked.ladder, path=Path(path), trust=None)
         base = base_on_disk(model)
         _check_model(spec, base)
         settings = Settings(

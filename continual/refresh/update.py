@@ -28,6 +28,7 @@ from continual.refresh.drift import compare, stopped_by
 from continual.refresh.folder import Folder, no_link
 from continual.refresh.intake import Divided, Offered, check_form, check_labels, divide, read_rows, without
 from continual.refresh.judge import judge
+from continual.refresh.ladder import check_ladder
 from continual.refresh.measuring import measured_in, seconds_in_turns
 from continual.refresh.objects import write_bytes
 from continual.refresh.pieces import split
@@ -116,6 +117,7 @@ class Update:
             if known is not None:
                 return known
         rules = self.folder.rules if request is None else Rules.model_validate(request.rules)
+        check_ladder(self.strategy, rules.ladder, path=self.folder.path, trust=self.options.trust)
         parent = None if self.live is None else self._restored(self.live)
         offered = self._fresh_rows(parent)
         limit = holdout_rows(rules, 0 if parent is None else len(parent.experience_names))

@@ -346,6 +346,36 @@ def test_a_folder_does_not_decide_which_code_is_run(tmp_path: Path) -> None:
     Store(tmp_path / "stranger", trust=["evil.module:Part"])
 
 
+@pytest.mark.parametrize(
+    "changed", ["penalty: {kind: evil_module:Part}", "replay.kind: evil_module:Part", "replay: {kind: evil_module:Part}"]
+)
+def test_a_rule_file_does_not_decide_which_code_is_run(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    store = grown(tmp_path, 1)
+    rules = f"gate: {{new_floor: 1.5}}\nladder: {{settings: [{{{changed}}}]}}\n"
+    (store.path / "rules.yaml").write_text(rules, encoding="utf-8")
+    with pytest.raises(StateError, match=r"the ladder .* asks to use 'evil_module:Part'.*--trust"):
+        store.update(month(tmp_path, 1), device="cpu", progress=False)
+    assert store.versions() == [1] and not (tmp_path / "ran").exists() and not (store.path / "work").exists()
+
+
+@pytest.mark.parametrize("changed", [{"replay.kind": "dark"}, {"data": "cumulative"}, {"training.rate": 1}])
+def test_a_ladder_that_cannot_be_climbed_is_refused_before_anything_is_trained(
+    changed: dict[str, Any], tmp_path: Path
+) -> None:
+    rules: dict[str, Any] = {"gate": {"new_floor": 1.5}, "ladder": {"settings": [changed]}}
+    with pytest.raises(SpecError):
+        small_store(tmp_path, rules=rules)
+    store = grown(tmp_path, 1)
+    (store.path / "rules.yaml").write_text(json.dumps(rules), encoding="utf-8")
+    with pytest.raises(SpecError):
+        store.update(month(tmp_path, 1), device="cpu", progress=False)
+    assert store.versions() == [1] and not (store.path / "work").exists()
+
+
 def test_rows_with_the_content_of_a_hold_out_row_are_not_trained_on(tmp_path: Path) -> None:
     store = small_store(tmp_path)
     path = month(tmp_path, 0)
