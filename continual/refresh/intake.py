@@ -176,7 +176,8 @@ def check_labels(offered: Offered, known: Sequence[str], scenario: Scenario, acc
 def divide(offered: Offered, rules: HoldoutRules, *, most: int, valid: bool) -> Divided:
     """Set the hold-out aside, and rows to select on where the strategy needs them.
 
-    Every class keeps at least one training row. Rows with the content of a hold-out row are not trained on.
+    Every class keeps at least one training row, and what has its content trains with it. Rows with the content of a hold-out
+    row are not trained on.
 
     Args:
         most: hold-out rows, at most.
@@ -199,7 +200,7 @@ def divide(offered: Offered, rules: HoldoutRules, *, most: int, valid: bool) -> 
         training_K = np.bincount(class_N[trains_N], minlength=class_N.max() + 1)
         for empty in np.flatnonzero(training_K == 0):
             own = order_N[torch.from_numpy(class_N[order_N.numpy()] == empty)]
-            own = own[torch.from_numpy(keys_N[own.numpy()] == keys_N[int(own[-1])])]
+            own = torch.from_numpy(keys_N == keys_N[int(own[-1])])  # with that content under any label
             held_N[own] = chosen_N[own] = copies_N[own] = False
     parts = [~held_N & ~chosen_N & ~copies_N, chosen_N & ~copies_N, held_N]
     train, selects, measures = (

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from continual.errors import ContinualError, ModelError, StateError, shown
+from continual.errors import ContinualError, ModelError, StateError, StreamError, shown
 from continual.learner import Learner
 from continual.models.build import base_on_disk
 from continual.monitor.evaluation import evaluating
@@ -124,6 +124,11 @@ class Update:
         name = self._name(parent) if request is None else request.experience
         early = self.strategy.training.early_stopping is not None
         divided = divide(offered, rules.holdout, most=limit, valid=early)
+        if divided.holdout is None and (parent is None or parent.monitor is None or not parent.monitor.tables()):
+            raise StreamError(
+                f"no row of '{offered.path}' can be held out to measure on, since every class trains on one at least, and no "
+                "earlier rows are there to measure on: begin with more of them, two rows of a class at least."
+            )
         offered = replace(offered, notes=(*offered.notes, *divided.notes))
         experience = self._experience(divided, name, parent)
         if request is None:

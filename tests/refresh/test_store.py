@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from store_bench import COLUMNS, LOOSE, STRATEGY, bytes_of, grown, month, small_store
+from store_bench import COLUMNS, LOOSE, SALT, STRATEGY, bytes_of, grown, month, small_store
 
 from continual import Learner
 from continual.errors import CompositionError, ContinualError, SpecError, StateError, StreamError
 from continual.refresh import Rules, Store
 from continual.refresh.folder import Folder, make_folder
-from continual.refresh.intake import read_rows
+from continual.refresh.intake import divide, read_rows
 from continual.refresh.update import Update, holdout_rows
+from continual.streams.content import row_keys
 
 
 def test_updates_become_versions_and_earlier_classes_are_still_known(tmp_path: Path) -> None:
@@ -374,6 +375,39 @@ def test_a_ladder_that_cannot_be_climbed_is_refused_before_anything_is_trained(
     with pytest.raises(SpecError):
         store.update(month(tmp_path, 1), device="cpu", progress=False)
     assert store.versions() == [1] and not (store.path / "work").exists()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_content_with_two_labels_is_never_on_both_sides(seed: int, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in month(tmp_path, seed, classes=("a", "b")).read_text().splitlines()]
+    lines += [{**line, "id": f"other-{n}", "label": f"rare {n}"} for n, line in enumerate(lines[:16])]
+    store = small_store(tmp_path)
+    path = tmp_path / "two-labels.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    offered = read_rows(path, store.folder.settings.columns, "classification", SALT)
+    divided = divide(offered, Rules().holdout, most=500, valid=True)
+    assert divided.holdout is not None and divided.valid is not None
+    assert not set(row_keys(divided.train)) & set(row_keys(divided.holdout))
+    assert not set(row_keys(divided.valid)) & set(row_keys(divided.holdout))
+    assert set(offered.names) == set(divided.train.strings("labels"))
+    assert store.update(path, device="cpu", progress=False).happened == "promoted"
+
+
+def test_a_first_update_without_a_hold_out_is_refused_and_a_later_one_is_not(tmp_path: Path) -> None:
+    store = small_store(tmp_path)
+    few = month(tmp_path, 0, rows=2)
+    with pytest.raises(StreamError, match="two rows of a class"):
+        store.update(few, device="cpu", progress=False)
+    assert store.versions() == [] and not (store.path / "work").exists()
+    store.update(month(tmp_path, 1), device="cpu", progress=False)
+    assert store.update(month(tmp_path, 0, rows=2), device="cpu", progress=False).live == 2
+    assert [one.name for one in store.report().measured] == ["month-1"]
+    store.erase([f"m1-{row}" for row in range(40)])
+    outcome = store.update(month(tmp_path, 2), device="cpu", progress=False)
+    assert [(one.rows > 0, one.learnt is None) for one in store.report(outcome.version).measured] == [
+        (False, True),
+        (True, False),
+    ]
 
 
 def test_rows_with_the_content_of_a_hold_out_row_are_not_trained_on(tmp_path: Path) -> None:
