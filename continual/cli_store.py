@@ -224,7 +224,7 @@ def erase_command(
     opened = Store(store, trust=trust or ())
     if rows.suffix == ".txt":
         try:
-            ids = [line.strip() for line in rows.read_text(encoding="utf-8").splitlines() if line.strip()]
+            ids = [line.strip() for line in rows.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise StreamError(f"'{rows}' cannot be read ({error}): name a text file with an id a line.") from error
         if not ids:

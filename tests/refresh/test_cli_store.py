@@ -58,7 +58,7 @@ def test_a_store_from_init_to_export(tmp_path: Path) -> None:
     events = [line.split()[1] for line in continual("store", "history", "store", cwd=tmp_path).stdout.splitlines()]
     assert events == ["created", *["made", "promoted"] * 3, "rolled", "promoted"]
 
-    (tmp_path / "ids.txt").write_text("m1-3\nm1-4\n", encoding="utf-8")
+    (tmp_path / "ids.txt").write_text("m1-3\nm1-4\n", encoding="utf-8-sig")  # as Windows writes it
     done = continual("store", "erase", "store", "--rows", "ids.txt", cwd=tmp_path)
     assert done.returncode == 0 and "2 of 2 rows were erased" in done.stdout and "rollback store 1" in done.stdout
     assert continual("store", "verify", "store", cwd=tmp_path).returncode == 0

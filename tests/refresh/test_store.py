@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from store_bench import COLUMNS, LOOSE, SALT, STRATEGY, bytes_of, grown, month, small_store
@@ -287,6 +288,31 @@ def test_an_erasure_that_was_killed_before_it_removed_the_bytes_is_finished_by_t
     assert unused()
     store.promote(2)
     assert not unused() and store.verify() == []
+
+
+def test_an_erasure_names_the_commands_that_train_anew_as_they_were_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_store(tmp_path).path.rename(tmp_path / "s")
+    monkeypatch.chdir(tmp_path)
+    store = Store("s")
+    for number, name in enumerate(("seas", "its")):
+        month(Path(), number).rename(f"{name}.jsonl")
+        store.update(f"{name}.jsonl", device="cpu", progress=False, name="so few" if number else None)
+    lines = [json.loads(line) for line in month(tmp_path, 2).read_text(encoding="utf-8").splitlines()]
+    columns = {key: [line[key] for line in lines] for key in ("id", "label", *"abc")}
+    store.update(datasets.Dataset.from_dict(columns), device="cpu", progress=False, name="by hand")
+    python = "# 'by hand' came from Python: give the store its rows again, update(rows, name='by hand', again=True)"
+    assert store.erase(["m1-1", "m1-2"]).commands == (
+        "continual store rollback s 1",
+        "continual store update s its.jsonl --name 'so few' --again",
+        python,
+    )
+    assert store.erase(["m0-1", "m0-2"]).commands[1:] == (
+        "continual store update NEW-STORE seas.jsonl",
+        "continual store update NEW-STORE its.jsonl --name 'so few'",
+        python,
+    )
 
 
 def test_rows_without_ids_are_erased_by_themselves(tmp_path: Path) -> None:
