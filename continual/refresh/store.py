@@ -11,9 +11,9 @@ import yaml
 from pydantic import NonNegativeInt
 from torch import Tensor
 
-from continual.errors import SpecError, StateError, StreamError
+from continual.errors import SpecError, StateError, StreamError, quoted
 from continual.learner import Learner
-from continual.learner.trust import check_trusted, wishes
+from continual.learner.trust import wishes
 from continual.models.build import base_on_disk, gives_features, module_class
 from continual.models.hub import is_path, resolve
 from continual.models.spec import ModelSpec, ModuleSpec, PretrainedSpec, parse_model_spec
@@ -44,19 +44,19 @@ class Store:
 
     Args:
         path: of a store that :meth:`create` or ``continual store init`` made.
-        trust: references ``package.module:Class`` and folders that the store may use; a folder never decides by itself which
-            code is run.
+        trust: references ``package.module:Class`` and folders that the store may use: a model or a strategy that it names is
+            not imported without, and what needs one (:meth:`update`, :meth:`learner`, :meth:`predict`, :meth:`erase`,
+            :meth:`export`) raises :class:`StateError`.
 
     Raises:
-        StateError: there is no store, or it asks for something that is not trusted.
+        StateError: there is no store, or it is damaged.
     """
 
     def __init__(self, path: Path | str, *, trust: Iterable[str] = ()) -> None:
         self.folder = Folder(Path(path))
         self.path = self.folder.path
         self.trust = tuple(trust)
-        settings = self.folder.settings
-        check_trusted(path, wishes([settings.strategy, settings.model]) - set(self.trust))
+        self.folder.settings  # noqa: B018 — read now, so that a damaged store is found at once
 
     @classmethod
     def create(
@@ -223,6 +223,7 @@ class Store:
         Raises:
             ContinualError: rows, rules or a store that cannot be; the store is as it was.
         """
+        self._check_trusted()
         options = Options(name, device, again, abandon, tuple(new_labels), self.trust, progress)
         notes: list[str] = []
         with self.folder.writing("update"):
@@ -294,12 +295,14 @@ class Store:
         return self._erase(lambda: read_rows(rows, settings.columns, settings.objective, settings.salt).ids)
 
     def _erase(self, rows: Callable[[], Tensor]) -> Erasure:
+        self._check_trusted()
         with self.folder.writing("erase"), self.folder.cached():
             return erase(self.folder, rows(), self.trust)
 
     def learner(self, version: int | None = None, *, device: str = "auto") -> Learner:
         """The learner of a version (the live one)."""
         number = self._version(version)
+        self._check_trusted()
         return Learner.restore(
             self.folder.state(number), f"version {number}", trust=self.trust, device=device, progress=False
         )
@@ -315,6 +318,15 @@ class Store:
         if live is None:
             raise StateError(f"'{self.path}' has no live version yet: give it rows with `continual store update`.")
         return live
+
+    def _check_trusted(self) -> None:
+        settings = self.folder.settings
+        asked = sorted(wishes([settings.strategy, settings.model]) - set(self.trust))
+        if asked:
+            raise StateError(
+                f"the store '{self.path}' asks to use {quoted(asked)}, and a folder must not decide which code is run or which "
+                f"folder is written: if you know it, name it, --trust {asked[0]}, or Store(path, trust={asked})."
+            )
 
     def _check_loadable(self, version: int) -> None:
         for name, piece in self.folder.manifest(version).pieces.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -368,9 +369,41 @@ def test_a_folder_does_not_decide_which_code_is_run(tmp_path: Path) -> None:
     settings = small_store(tmp_path).folder.settings
     strategy = {**settings.strategy, "penalty": {"kind": "evil.module:Part"}}
     make_folder(tmp_path / "stranger", settings.model_copy(update={"strategy": strategy}), "{}\n")
-    with pytest.raises(StateError, match=r"asks to use 'evil.module:Part'"):
-        Store(tmp_path / "stranger")
-    Store(tmp_path / "stranger", trust=["evil.module:Part"])
+    store = Store(tmp_path / "stranger")
+    rows = month(tmp_path, 0)
+    for use in (store.update, store.erase_rows):
+        with pytest.raises(StateError, match=r"asks to use 'evil.module:Part'.*--trust evil.module:Part"):
+            use(rows)
+    assert not (store.path / ".lock").exists()
+
+
+def test_a_store_of_ones_own_code_is_looked_at_without_naming_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+        import torch
+
+        class Net(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = torch.nn.Linear(3, 4)
+
+            def forward(self, inputs):
+                return self.linear(inputs)
+        """
+    (tmp_path / "own_net.py").write_text(textwrap.dedent(code), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    plain = {"name": "plain", "training": STRATEGY["training"]}
+    made = small_store(tmp_path, model="own_net:Net", strategy=plain)
+    for number in range(2):
+        made.update(month(tmp_path, number), device="cpu", progress=False)
+    store = Store(made.path)
+    assert store.status().live == 2 and len(store.history()) == 5 and store.verify() == []
+    assert "version 1" in store.compare(1) and "to 1" in store.rollback() and "made live" in store.promote(2)
+    for use in (store.learner, lambda: store.predict([[0.0] * 3]), lambda: store.export(tmp_path / "out")):
+        with pytest.raises(StateError, match="asks to use 'own_net:Net'"):
+            use()
+    assert Store(made.path, trust=["own_net:Net"]).learner(device="cpu").updates == 2
 
 
 @pytest.mark.parametrize(
