@@ -83,7 +83,12 @@ def test_rows_that_differ_stop_an_update_where_the_rules_say_so(tmp_path: Path) 
     done = update(tmp_path, 1)
     assert done.returncode == 3 and "was not learnt" in done.stdout and "class 2" in done.stdout
     assert "stopped" in continual("store", "history", "store", cwd=tmp_path).stdout
-    assert continual("store", "status", "store", cwd=tmp_path).stdout.startswith("store: mlp with 'small', 1 versions")
+    status = continual("store", "status", "store", cwd=tmp_path).stdout
+    assert status.startswith("store: mlp with 'small', 1 versions")
+    assert "the last update was stopped: 'month-1' was not learnt" in status
+    (tmp_path / "store" / "rules.yaml").write_text("gate: {max_drop: 0.9, unsure: promote}\n", encoding="utf-8")
+    assert update(tmp_path, 1).returncode == 0
+    assert "was stopped" not in continual("store", "status", "store", cwd=tmp_path).stdout
 
 
 @pytest.mark.parametrize("phrase", ["max drop 0.02 at 95%", "max drop 2%", "max drop .5"])
