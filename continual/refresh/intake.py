@@ -223,7 +223,7 @@ def _raw(data: Any, columns: Columns, objective: Objective) -> tuple[str, str | 
                 raise StreamError(
                     f"'{path}' was not found: name a JSONL, CSV or Parquet file, or a folder of `datasets`."
                 )
-            source = FilesSource(path=str(path), **named)
+            source = _Rows(path=str(path), **named)
             return str(data), file_sha256(path), source.parts({"train": path}, objective)["train"]
     if hasattr(data, "columns") and hasattr(data, "iloc"):
         import datasets
@@ -236,6 +236,14 @@ def _raw(data: Any, columns: Columns, objective: Objective) -> tuple[str, str | 
     ids = table.column("row") if "row" in table.names else None
     features = {name: column for name, column in _columns_of(table).items() if name not in ("labels", "row")}
     return "rows", None, Raw(TensorTable(features), labels, ids=ids)
+
+
+class _Rows(FilesSource):
+    """Whose ids are text, as they stand: 007 is not 7."""
+
+    def string_columns(self, objective: Objective) -> tuple[str, ...]:
+        named = super().string_columns(objective)
+        return named if self.id is None else (*named, self.id)
 
 
 def _saved_dataset(path: Path) -> Any:
