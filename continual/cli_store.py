@@ -203,7 +203,7 @@ def rollback_command(
         int | None, typer.Argument(help="Default: the one before the live one, in its own line.")
     ] = None,
 ) -> None:
-    """Make an earlier version live; the next update goes on from there."""
+    """Make a version live that was live before; the next update goes on from there."""
     from continual.refresh import Store
 
     print(Store(store).rollback(version))

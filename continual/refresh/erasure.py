@@ -133,10 +133,14 @@ def _commands(folder: Folder, trained: list[int]) -> tuple[str, ...]:
         manifest = folder.manifest(version)
         path, name = manifest.data.path, manifest.experience
         if manifest.data.sha256 is None and path == "rows":
-            commands.append(f"# '{name}' came from Python: give the store its rows again, update(rows, name={name!r}, again=True)")
+            commands.append(
+                f"# '{name}' came from Python: give the store its rows again, update(rows, name={name!r}, again=True)"
+            )
             continue
         own = "" if name == Path(path).stem else f" --name {shlex.quote(name)}"
-        commands.append(f"continual store update {store} {shlex.quote(path)}{own}{'' if before is None else ' --again'}")
+        commands.append(
+            f"continual store update {store} {shlex.quote(path)}{own}{'' if before is None else ' --again'}"
+        )
     return tuple(commands)
 
 

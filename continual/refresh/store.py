@@ -25,7 +25,7 @@ from continual.refresh.erasure import Erasure, erase
 from continual.refresh.export import export_model
 from continual.refresh.folder import Columns, Folder, Settings, make_folder
 from continual.refresh.intake import read_rows, row_ids
-from continual.refresh.journal import Entry
+from continual.refresh.journal import GOES_LIVE, Entry
 from continual.refresh.ladder import check_ladder
 from continual.refresh.page import Event, render_page
 from continual.refresh.records import Manifest, Outcome, Report
@@ -245,10 +245,13 @@ class Store:
             return f"{sentence}."
 
     def rollback(self, version: int | None = None) -> str:
-        """Make an earlier version live; returns a sentence.
+        """Make a version live that was live before; returns a sentence.
 
         Args:
             version: None takes the one that the live version was trained on from.
+
+        Raises:
+            StateError: there is no such version, it was never live, or its bytes are not what was written.
         """
         with self.folder.writing("rollback"):
             live = self.folder.current()
@@ -259,6 +262,12 @@ class Store:
                 raise StateError(f"version {live} is the first: there is none before it to roll back to.")
             if target == live:
                 return f"version {live} is live already: nothing was done."
+            self.folder.manifest(target)
+            if all(entry.version != target for entry in self.history() if entry.event in GOES_LIVE):
+                raise StateError(
+                    f"version {target} was never live, so nothing can be rolled back to it: `continual store promote {self.path} "
+                    f"{target}` makes it live."
+                )
             self._check_loadable(target)
             sentence = f"rolled back from version {live} to {target}"
             self.folder.go_live(target, "rolled back", sentence)

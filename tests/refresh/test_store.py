@@ -85,6 +85,19 @@ def test_a_refused_version_stays_and_is_not_live(tmp_path: Path) -> None:
     assert [entry.event for entry in store.history()][-2:] == ["promoted", "rolled back"]
 
 
+def test_a_version_that_was_never_live_is_promoted_and_not_rolled_back_to(tmp_path: Path) -> None:
+    store = grown(tmp_path, 2)
+    (store.path / "rules.yaml").write_text("gate: {new_floor: 1.5}\n", encoding="utf-8")
+    assert store.update(month(tmp_path, 2), device="cpu", progress=False).happened == "failed"
+    with pytest.raises(StateError, match=r"version 3 was never live.*promote .* 3`"):
+        store.rollback(3)
+    with pytest.raises(StateError, match="has no version 9"):
+        store.rollback(9)
+    assert store.live == 2 and "to 1" in store.rollback(1) and "to 2" in store.rollback(2)
+    store.promote(3)
+    assert "from version 3 to 2" in store.rollback()
+
+
 def test_what_the_rows_cannot_tell_is_held_back_or_let_through_as_the_rules_say(tmp_path: Path) -> None:
     for unsure, happened, live in (("hold", "cannot tell", 1), ("promote", "promoted", 2)):
         place = tmp_path / unsure
@@ -316,6 +329,15 @@ def test_an_erasure_names_the_commands_that_train_anew_as_they_were_given(
     )
 
 
+def test_ids_of_a_csv_file_are_taken_as_they_stand(tmp_path: Path) -> None:
+    store = small_store(tmp_path)
+    lines = [json.loads(line) for line in month(tmp_path, 0).read_text(encoding="utf-8").splitlines()]
+    cells = [f"{n:05d},{line['label']},{line['a']},{line['b']},{line['c']}" for n, line in enumerate(lines)]
+    (tmp_path / "rows.csv").write_text("\n".join(["id,label,a,b,c", *cells]), encoding="utf-8")
+    store.update(tmp_path / "rows.csv", device="cpu", progress=False)
+    assert store.erase(["00003", "00011"]).known == 2 and store.erase(["4"]).known == 0
+
+
 def test_rows_without_ids_are_erased_by_themselves(tmp_path: Path) -> None:
     columns = {key: value for key, value in COLUMNS.items() if key != "id"}
     store = grown(tmp_path, 2, columns=columns)
@@ -407,7 +429,8 @@ def test_a_store_of_ones_own_code_is_looked_at_without_naming_it(
 
 
 @pytest.mark.parametrize(
-    "changed", ["penalty: {kind: evil_module:Part}", "replay.kind: evil_module:Part", "replay: {kind: evil_module:Part}"]
+    "changed",
+    ["penalty: {kind: evil_module:Part}", "replay.kind: evil_module:Part", "replay: {kind: evil_module:Part}"],
 )
 def test_a_rule_file_does_not_decide_which_code_is_run(
     changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
