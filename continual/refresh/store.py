@@ -180,7 +180,7 @@ class Store:
             version=number,
             created=manifest.created,
             data=line,
-            base_model=str(settings.model.get("name", settings.model["kind"])),
+            base_model=settings.model.get("name"),
             base_sha256=manifest.base_model_sha256,
             strategy=settings.strategy_name,
             summary=str(settings.strategy.get("summary", "")),
