@@ -10,6 +10,7 @@ import hashlib
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,13 +97,13 @@ def _erase(folder: Folder, rows: Tensor, trust: Sequence[str]) -> Erasure:
         written.append(version)
     before = folder.erased()
     gone = torch.unique(torch.cat([before, rows]))
-    sentence = f"{len(known)} of {len(rows)} rows were erased from {len(written)} versions"
+    more = f"; the weights of {_listed(trained)} were trained on them" if trained else ""
+    sentence = f"{len(known)} of {len(rows)} rows were erased from {len(written)} versions{more}"
     if manifests or len(gone) > len(before):
         folder.put_erased(manifests, gone.tolist(), len(known), sentence)
     folder.sweep()
     commands = _commands(folder, trained)
-    more = f"; the weights of {_listed(trained)} were trained on them" if trained else ""
-    return Erasure(len(rows), len(known), places, tuple(written), tuple(trained), commands, f"{sentence}{more}.")
+    return Erasure(len(rows), len(known), places, tuple(written), tuple(trained), commands, f"{sentence}.")
 
 
 def _touched(folder: Folder, version: int, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,16 +124,25 @@ def _commands(folder: Folder, trained: list[int]) -> tuple[str, ...]:
     hit = [version for version in line if version in trained]
     if not hit:
         return ()
-    store = shlex.quote(str(folder.path))
-    before = folder.manifest(hit[0]).parent
-    updates = [
-        f"continual store update {store} {shlex.quote(folder.manifest(version).data.path)} --again"
-        for version in line[line.index(hit[0]) :]
-    ]
+    store, before = shlex.quote(str(folder.path)), folder.manifest(hit[0]).parent
+    first = f"continual store rollback {store} {before}"
     if before is None:
         first = f"# version {hit[0]} is the first: make a new store, leave the rows out of its files, and give it the same updates"
-        return (first, *(command.replace(store, "NEW-STORE").removesuffix(" --again") for command in updates))
-    return (f"continual store rollback {store} {before}", *updates)
+        store = "NEW-STORE"
+    commands = [first]
+    for version in line[line.index(hit[0]) :]:
+        manifest = folder.manifest(version)
+        path, name = manifest.data.path, manifest.experience
+        if manifest.data.sha256 is None and path == "rows":
+            commands.append(
+                f"# '{name}' came from Python: give the store its rows again, update(rows, name={name!r}, again=True)"
+            )
+            continue
+        own = "" if name == Path(path).stem else f" --name {shlex.quote(name)}"
+        commands.append(
+            f"continual store update {store} {shlex.quote(path)}{own}{'' if before is None else ' --again'}"
+        )
+    return tuple(commands)
 
 
 def _without_names(report: Report) -> Report:

@@ -176,7 +176,8 @@ def check_labels(offered: Offered, known: Sequence[str], scenario: Scenario, acc
 def divide(offered: Offered, rules: HoldoutRules, *, most: int, valid: bool) -> Divided:
     """Set the hold-out aside, and rows to select on where the strategy needs them.
 
-    Every class keeps at least one training row. Rows with the content of a hold-out row are not trained on.
+    Every class keeps at least one training row, and what has its content trains with it. Rows with the content of a hold-out
+    row are not trained on.
 
     Args:
         most: hold-out rows, at most.
@@ -199,7 +200,7 @@ def divide(offered: Offered, rules: HoldoutRules, *, most: int, valid: bool) -> 
         training_K = np.bincount(class_N[trains_N], minlength=class_N.max() + 1)
         for empty in np.flatnonzero(training_K == 0):
             own = order_N[torch.from_numpy(class_N[order_N.numpy()] == empty)]
-            own = own[torch.from_numpy(keys_N[own.numpy()] == keys_N[int(own[-1])])]
+            own = torch.from_numpy(keys_N == keys_N[int(own[-1])])  # with that content under any label
             held_N[own] = chosen_N[own] = copies_N[own] = False
     parts = [~held_N & ~chosen_N & ~copies_N, chosen_N & ~copies_N, held_N]
     train, selects, measures = (
@@ -222,7 +223,7 @@ def _raw(data: Any, columns: Columns, objective: Objective) -> tuple[str, str | 
                 raise StreamError(
                     f"'{path}' was not found: name a JSONL, CSV or Parquet file, or a folder of `datasets`."
                 )
-            source = FilesSource(path=str(path), **named)
+            source = _Rows(path=str(path), **named)
             return str(data), file_sha256(path), source.parts({"train": path}, objective)["train"]
     if hasattr(data, "columns") and hasattr(data, "iloc"):
         import datasets
@@ -235,6 +236,14 @@ def _raw(data: Any, columns: Columns, objective: Objective) -> tuple[str, str | 
     ids = table.column("row") if "row" in table.names else None
     features = {name: column for name, column in _columns_of(table).items() if name not in ("labels", "row")}
     return "rows", None, Raw(TensorTable(features), labels, ids=ids)
+
+
+class _Rows(FilesSource):
+    """Whose ids are text, as they stand: 007 is not 7."""
+
+    def string_columns(self, objective: Objective) -> tuple[str, ...]:
+        named = super().string_columns(objective)
+        return named if self.id is None else (*named, self.id)
 
 
 def _saved_dataset(path: Path) -> Any:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import statistics
 import time
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from continual.learner import Learner
 from continual.monitor.evaluation import evaluating
@@ -32,7 +34,7 @@ def measured_in(monitor: Monitor) -> tuple[Measured, ...]:
     found = []
     for name, score_N in now.items():
         low, high = (None, None) if score_N is None else mean_interval(score_N, LEVEL)
-        score = None if score_N is None or not len(score_N) else defined(float(score_N.mean()))
+        score = None if score_N is None else _mean(score_N)
         found.append(
             Measured(
                 name=name,
@@ -40,8 +42,8 @@ def measured_in(monitor: Monitor) -> tuple[Measured, ...]:
                 score=score,
                 low=low,
                 high=high,
-                learnt=defined(float(learnt[name][0].mean())) if name in learnt else score,
-                before=defined(float(before[name][0].mean())) if name in before else None,
+                learnt=_mean(learnt[name][0]) if name in learnt else score,
+                before=_mean(before[name][0]) if name in before else None,
             )
         )
     for name, history in monitor.probe_history().items():
@@ -50,6 +52,11 @@ def measured_in(monitor: Monitor) -> tuple[Measured, ...]:
         found.append(Measured(name=name, rows=len(monitor.probes[name]), score=scores[-1], learnt=scores[0], before=then,
                               probe=True))  # fmt: skip
     return tuple(found)
+
+
+def _mean(score_N: NDArray[np.float32]) -> float | None:
+    """None where there are no rows, as where all were erased."""
+    return defined(float(score_N.mean())) if len(score_N) else None
 
 
 def seconds_in_turns(one: Learner, other: Learner, table: Table) -> tuple[float, float]:

@@ -16,7 +16,7 @@ _SIGNS = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, A
 """How a state shows that it is none: a tensor of another shape, a key that is missing, a number that is a word."""
 
 
-def restored(folder: Folder, version: int, trust: Iterable[str], **options: Any) -> Learner:
+def restored(folder: Folder, version: int, trust: Iterable[str], /, **options: Any) -> Learner:
     """The learner of a version.
 
     Args:

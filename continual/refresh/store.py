@@ -26,7 +26,7 @@ from continual.refresh.erasure import Erasure, erase
 from continual.refresh.export import export_model
 from continual.refresh.folder import Columns, Folder, Settings, make_folder
 from continual.refresh.intake import read_rows, row_ids
-from continual.refresh.journal import Entry
+from continual.refresh.journal import GOES_LIVE, Entry
 from continual.refresh.page import Event, render_page
 from continual.refresh.records import Manifest, Outcome, Report
 from continual.refresh.restored import restored
@@ -46,34 +46,18 @@ class Store:
     Args:
         path: of a store that :meth:`create` or ``continual store init`` made.
         trust: references ``package.module:Class`` and folders that the store may use, and the program, the web hook and the file
-            outside it that its rules may tell; a folder never decides by itself what is run.
+            outside it that its rules may tell; a folder never decides by itself what is run. What needs one (:meth:`update`,
+            :meth:`learner`, :meth:`predict`, :meth:`erase`, :meth:`export`) raises :class:`StateError` without.
 
     Raises:
-        StateError: there is no store, or it asks for something that is not trusted.
+        StateError: there is no store, or it is damaged.
     """
 
     def __init__(self, path: Path | str, *, trust: Iterable[str] = ()) -> None:
         self.folder = Folder(Path(path))
         self.path = self.folder.path
         self.trust = tuple(trust)
-        self._check_trust()
-
-    @classmethod
-    def unused(cls, path: Path | str) -> Store:
-        """A store whose model is not used: what it asks to be run needs no trust, and nothing of it is run.
-
-        There it is looked at, rolled back, promoted; what would use the model is refused as without trust.
-        """
-        store = cls.__new__(cls)
-        store.folder, store.trust = Folder(Path(path)), ()
-        store.path = store.folder.path
-        _ = store.folder.settings
-        return store
-
-    def _check_trust(self) -> None:
-        settings = self.folder.settings
-        asked = wishes([settings.strategy, settings.model]) - set(self.trust)
-        check_trusted(self.path, asked, "--trust NAME, or Store(folder, trust={names})")
+        self.folder.settings  # noqa: B018 — read now, so that a damaged store is found at once
 
     @classmethod
     def create(
@@ -197,7 +181,7 @@ class Store:
             version=number,
             created=manifest.created,
             data=line,
-            base_model=str(settings.model.get("name", settings.model["kind"])),
+            base_model=settings.model.get("name"),
             base_sha256=manifest.base_model_sha256,
             strategy=settings.strategy_name,
             summary=str(settings.strategy.get("summary", "")),
@@ -263,11 +247,14 @@ class Store:
             return f"{sentence}."
 
     def rollback(self, version: int | None = None) -> str:
-        """Make an earlier version live; returns a sentence.
+        """Make a version live that was live before; returns a sentence.
 
         Args:
             version: None takes the one that the live version was trained on from; where that broke off, the same call finishes it
                 and goes no further back.
+
+        Raises:
+            StateError: there is no such version, it was never live, or its bytes are not what was written.
         """
         with self.folder.writing("rollback") as finished:
             if version is None and finished is not None and finished.event == "rolled back":
@@ -280,6 +267,12 @@ class Store:
                 raise StateError(f"version {live} is the first: there is none before it to roll back to.")
             if target == live:
                 return f"version {live} is live already: nothing was done."
+            self.folder.manifest(target)
+            if all(entry.version != target for entry in self.history() if entry.event in GOES_LIVE):
+                raise StateError(
+                    f"version {target} was never live, so nothing can be rolled back to it: `continual store promote {self.path} "
+                    f"{target}` makes it live."
+                )
             self._check_loadable(target)
             sentence = f"rolled back from version {live} to {target}"
             self.folder.go_live(target, "rolled back", sentence)
@@ -337,6 +330,11 @@ class Store:
         if live is None:
             raise StateError(f"'{self.path}' has no live version yet: give it rows with `continual store update`.")
         return live
+
+    def _check_trust(self) -> None:
+        settings = self.folder.settings
+        asked = wishes([settings.strategy, settings.model]) - set(self.trust)
+        check_trusted(self.path, asked, "--trust NAME, or Store(folder, trust={names})")
 
     def _check_loadable(self, version: int) -> None:
         for name, piece in self.folder.manifest(version).pieces.items():

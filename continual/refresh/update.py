@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from continual.errors import ContinualError, ModelError, StateError, shown
+from continual.errors import ContinualError, ModelError, StateError, StreamError, shown
 from continual.learner import Learner
 from continual.models.build import base_on_disk
 from continual.monitor.evaluation import evaluating
@@ -127,6 +127,11 @@ class Update:
         name = self._name(parent) if request is None else request.experience
         early = self.strategy.training.early_stopping is not None
         divided = divide(offered, rules.holdout, most=limit, valid=early)
+        if divided.holdout is None and (parent is None or parent.monitor is None or not parent.monitor.tables()):
+            raise StreamError(
+                f"no row of '{offered.path}' can be held out to measure on, since every class trains on one at least, and no "
+                "earlier rows are there to measure on: begin with more of them, two rows of a class at least."
+            )
         offered = replace(offered, notes=(*offered.notes, *divided.notes))
         experience = self._experience(divided, name, parent)
         if request is None:
@@ -155,7 +160,7 @@ class Update:
             made = self._made(request, attempt)
             version = self._try(request, rules, experience, offered, data, attempt, changed) if made is None else made
             manifest = self.folder.manifest(version)
-            goes = manifest.answer == "pass" or (manifest.answer == "cannot tell" and rules.gate.unsure == "promote")
+            goes = _goes_live(manifest, rules)
             late = rules.ladder.minutes is not None and time.perf_counter() - self.begun > 60 * rules.ladder.minutes
             if goes or late or attempt == len(attempts) - 1:
                 break
@@ -190,7 +195,9 @@ class Update:
                 f"'{path}', which tells of an update that broke off, is damaged: add --abandon to give it up."
             ) from error
         tries = [number for number in self.folder.numbers() if number >= request.first]
-        over = len(tries) > len(_rules_of(request).ladder.settings)
+        rules = _rules_of(request)
+        waits = bool(tries) and _goes_live(self.folder.manifest(tries[-1]), rules)
+        over = len(tries) > len(rules.ladder.settings) and not waits
         if self.live in tries or (over and request.fingerprint != self.offered.fingerprint):
             self._done()
             return None
@@ -474,6 +481,11 @@ class Update:
 
 def _rules_of(request: Request) -> Rules:
     return parse(Rules, request.rules, f"the rules of the update with '{request.path}' that broke off")
+
+
+def _goes_live(manifest: Manifest, rules: Rules) -> bool:
+    """Whether the gate lets a version go live, or the rules let through what it could not tell."""
+    return manifest.answer == "pass" or (manifest.answer == "cannot tell" and rules.gate.unsure == "promote")
 
 
 def holdout_rows(rules: Rules, experiences: int) -> int:

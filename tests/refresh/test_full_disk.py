@@ -194,7 +194,7 @@ def test_a_disk_that_is_full_at_any_write(name: str, grown: Path, tmp_path: Path
 
 def test_a_disk_that_is_full_at_any_write_of_a_new_store(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
-    with disk(tmp_path, 10_000) as whole:
+    with disk(tmp_path / "whole", 10_000) as whole:
         quick_store(tmp_path / "whole", 0)
     count = len(whole.done)
     assert count >= 8
