@@ -56,7 +56,7 @@ def columns(found: Rows) -> dict[str, Any]:
 
 def quick_store(place: Path, months: int, **changes: Any) -> Store:
     """A store of a tiny network after so many updates, each of one epoch."""
-    rules = place.parent / f"{place.name}-rules.yaml"
+    rules = place.parent / f"rules-of-{place.name}.yaml"
     rules.write_text(yaml.safe_dump(RULES), encoding="utf-8")
     store = small_store(place, **{"strategy": QUICK, "rules": rules, "columns": COLUMNS, **changes})
     rules.unlink()
