@@ -120,6 +120,14 @@ def update_command(
         raise typer.Exit(status)
 
 
+@store_app.command("abandon")
+def abandon_command(store: Place) -> None:
+    """Give up an update that broke off; its own command would go on with it."""
+    from continual.refresh import Store
+
+    print(Store(store).abandon())
+
+
 @store_app.command("status")
 def status_command(
     store: Place,

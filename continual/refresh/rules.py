@@ -34,7 +34,7 @@ class GateRules(Spec):
         new_floor: least mean score of the new experience.
         negative_flips: largest share of the rows of earlier experiences that were right in the live version and are wrong now.
         slower: largest ratio of the time of a prediction to that of the live version, measured in turns.
-        largest: largest size of a version in bytes; ``200MB`` is read as well.
+        largest: largest size of the model's state (weights, parts, optimiser) in bytes; ``200MB`` is read as well.
         unsure: what becomes of an update that the rows at hand can neither pass nor fail: ``hold`` keeps the live version,
             ``promote`` goes live.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 from pydantic import NonNegativeInt
 from torch import Tensor
 
-from continual.errors import SpecError, StateError, StreamError
+from continual.errors import SpecError, StateError, StreamError, shown
 from continual.learner import Learner
 from continual.learner.trust import check_trusted, wishes
 from continual.models.build import base_on_disk, gives_features, module_class
@@ -234,6 +235,20 @@ class Store:
         live = None if outcome.live is None else (self.manifest(outcome.live), self.report(outcome.live))
         deaf = tell(outcome, rules.alerts, self.path, live)
         return outcome.model_copy(update={"notes": (*outcome.notes, *deaf)})
+
+    def abandon(self) -> str:
+        """Give up an update that broke off, with what it had reached; returns a sentence. Versions that it made stay."""
+        with self.folder.writing("abandon"):
+            if not self.folder.work.is_dir():
+                return "no update is under way: nothing was done."
+            try:
+                rows = shown(self.folder.under_way() or "rows")
+            except StateError:
+                rows = "rows whose name is damaged"
+            sentence = f"the update with {rows} was given up"
+            self.folder.journal.append("abandoned", sentence=sentence)
+            shutil.rmtree(self.folder.work, ignore_errors=True)
+            return f"{sentence}."
 
     def promote(self, version: int) -> str:
         """Make a version live that the gate held back, or an earlier one; returns a sentence."""

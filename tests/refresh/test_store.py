@@ -245,6 +245,18 @@ def test_a_version_that_passed_and_was_not_yet_live_is_not_passed_over(
     assert [one.name for one in store.report().measured] == ["month-0", "month-1", "month-2"]
 
 
+def test_an_update_is_given_up_without_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = grown(tmp_path, 1)
+    assert "nothing was done" in store.abandon()
+    with monkeypatch.context() as patch:
+        patch.setattr(Update, "_try", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.update(month(tmp_path, 1), device="cpu", progress=False)
+    (tmp_path / "month-1.jsonl").unlink()
+    assert "month-1.jsonl' was given up" in store.abandon() and store.history()[-1].event == "abandoned"
+    assert not store.folder.work.exists() and store.erase(["m0-1"]).known == 1
+
+
 def test_hold_outs_fit_their_budget_whatever_the_number_of_experiences(tmp_path: Path) -> None:
     rules = Rules.model_validate({"holdout": {"rows": 100, "total": 1000}})
     assert [holdout_rows(rules, before) for before in (0, 9, 10, 19, 20, 5000)] == [100, 100, 50, 50, 25, 1]
