@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +45,7 @@ from continual.refresh.records import (
     read_record,
     record_text,
 )
-from continual.refresh.restored import restored
+from continual.refresh.restored import restored, whole
 from continual.refresh.rules import Happened, Rules
 from continual.refresh.wording import word_pieces
 from continual.spec import parse
@@ -239,7 +239,8 @@ class Update:
             used = [ids for entry in entries for ids in (entry.trained_ids, entry.tested_ids)]
             offered = without(offered, torch.cat(used), "were given in earlier updates")
             form = self.folder.piece(self.live, "form")
-            check_form(offered, form["form"])
+            with whole(self.folder, self.live):
+                check_form(offered, form["form"])
             known = parent.class_names
             check_labels(offered, known, self.settings.scenario, self.options.new_labels)
         return offered
@@ -353,9 +354,7 @@ class Update:
         monitor.trim()
         pieces = split(learner.state()) | {"form": {"form": offered.form}}
         written = {name: self.folder.objects.put(piece) for name, piece in pieces.items()}
-        clock = {"train_seconds": 0.0, "monitor_seconds": 0.0, "rows_trained": 0}
-        before = clock if self.live is None else self.folder.piece(self.live, "clock")["cost"]
-        spent = {key: float(value - before[key]) for key, value in learner.cost.items()}
+        spent = self._spent(learner.cost)
         train, evaluate, drift = spent["train_seconds"], spent["monitor_seconds"], request.drift_seconds
         elapsed = time.perf_counter() - self.begun
         number = max(self.folder.numbers(), default=0) + 1
@@ -405,6 +404,14 @@ class Update:
         )
         self.folder.add(manifest, report)
         return number
+
+    def _spent(self, cost: Mapping[str, float]) -> dict[str, float]:
+        """What the learner has cost since the live version."""
+        if self.live is None:
+            return {key: float(value) for key, value in cost.items()}
+        clock = self.folder.piece(self.live, "clock")
+        with whole(self.folder, self.live):
+            return {key: float(value - clock["cost"][key]) for key, value in cost.items()}
 
     def _learner(self, strategy: Strategy, attempt: int, rules: Rules) -> Learner:
         """The learner of a try: from its checkpoint, from the live version, or a new one."""

@@ -80,14 +80,19 @@ def forge(store: Path, change: Callable[[list[dict[str, Any]]], object] = lambda
 
     Digests of ``store.json`` and of the manifests are taken anew from the files, as a stranger who makes a store would.
     """
+
+
+    def digest(version: int) -> str:
+        return hashlib.sha256((store / "versions" / f"{version:04d}" / "manifest.json").read_bytes()).hexdigest()
+
     path = store / "journal.jsonl"
     entries = [json.loads(line) for line in path.read_bytes().splitlines()]
     for entry in entries:
         if entry["event"] == "created":
             entry["manifest"] = hashlib.sha256((store / "store.json").read_bytes()).hexdigest()
-        manifest = store / "versions" / f"{entry['version'] or 0:04d}" / "manifest.json"
-        if entry["event"] == "made" and manifest.is_file():
-            entry["manifest"] = hashlib.sha256(manifest.read_bytes()).hexdigest()
+        if entry["event"] == "made":
+            entry["manifest"] = digest(entry["version"])
+        entry["manifests"] = {version: digest(int(version)) for version in entry["manifests"]}
     change(entries)
     before, text = "0" * 64, b""
     for number, entry in enumerate(entries):

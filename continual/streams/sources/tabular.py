@@ -242,5 +242,6 @@ def _matrix(columns: Any, names: list[str], where: str) -> npt.NDArray[np.float3
             uneven = True
         if uneven:
             raise StreamError(f"{where}: the rows of '{name}' have different lengths: make them alike.")
-        parts.append(values.reshape(len(values), -1).astype(np.float32))
+        with np.errstate(over="ignore"):  # what is too large is infinite then, and refused as such
+            parts.append(values.reshape(len(values), -1).astype(np.float32))
     return np.concatenate(parts, axis=1)
