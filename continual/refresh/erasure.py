@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from continual.errors import StateError
+from continual.monitor.monitor import Monitor
 from continual.refresh.folder import Folder
+from continual.refresh.measuring import measured_in
 from continual.refresh.pieces import entries_of, split
-from continual.refresh.records import Drift, Piece, Report, record_text
+from continual.refresh.records import Drift, Measured, Piece, Report, record_text
 from continual.refresh.restored import restored, whole
 from continual.refresh.verify import verify
 
@@ -90,6 +92,8 @@ def _erase(folder: Folder, rows: Tensor, trust: Sequence[str]) -> Erasure:
         pieces = {name: piece for name, piece in manifest.pieces.items() if name == "form"}
         pieces |= {name: folder.objects.put(piece) for name, piece in split(learner.state()).items()}
         report = _without_names(report)
+        if learner.monitor is not None and learner.monitor.measured:
+            report = report.model_copy(update={"measured": _again(report, learner.monitor)})
         content = record_text(report).encode()
         pieces["report"] = Piece(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
         changed: dict[str, Any] = {"pieces": pieces, "parent_manifest": parent, "erased": manifest.erased + 1}
@@ -143,6 +147,12 @@ def _commands(folder: Folder, trained: list[int]) -> tuple[str, ...]:
             f"continual store update {store} {shlex.quote(path)}{own}{'' if before is None else ' --again'}"
         )
     return tuple(commands)
+
+
+def _again(report: Report, monitor: Monitor) -> tuple[Measured, ...]:
+    """What was measured, on the rows that are left; ``before`` stays, since the live version's scores of then are not kept."""
+    before = {one.name: one.before for one in report.measured}
+    return tuple(one.model_copy(update={"before": before.get(one.name)}) for one in measured_in(monitor))
 
 
 def _without_names(report: Report) -> Report:

@@ -70,7 +70,7 @@ class Settings(Record):
 
     Attributes:
         strategy: as a mapping, and what reports call it.
-        salt: mixed into the hash that makes a row's id a number.
+        salt: made from the seed, and mixed into the hash that makes a row's id a number.
         base_model_sha256: of the model's weights; None where it begins with random ones.
     """
 

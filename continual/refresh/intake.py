@@ -1,8 +1,8 @@
 """The rows of an update on their way in: read, numbered, checked against what the store knows, and a hold-out set aside.
 
 A row's id is a number made from its ``id`` column, or from its content and label where there is none, by a hash with the
-store's salt: the same row has the same id in every file, and the id tells nothing of the row. Hold-out rows are those of
-smallest hash, so that more rows never move one from the hold-out to the training.
+store's salt (which follows from its seed): the same row has the same id in every file and in every store of that seed. Hold-out
+rows are those of smallest hash.
 
 Letters: N rows.
 """
@@ -111,6 +111,11 @@ def read_rows(data: Any, columns: Columns, objective: Objective, salt: str) -> O
     return Offered(raw, rows_N, names, path, sha256, fingerprint, count, form, tuple(notes))
 
 
+def salt_of(seed: int) -> str:
+    """The salt of a store with this seed, 16 bytes in hexadecimal."""
+    return hashlib.blake2b(f"continual store {seed}".encode(), digest_size=16).hexdigest()
+
+
 def row_ids(ids: Sequence[str], salt: str) -> Tensor:
     """The numbers of rows with these values in their ``id`` column, int64 (N,)."""
     return _hashed(ids, salt)
@@ -173,20 +178,20 @@ def check_labels(offered: Offered, known: Sequence[str], scenario: Scenario, acc
         )
 
 
-def divide(offered: Offered, rules: HoldoutRules, *, most: int, valid: bool) -> Divided:
+def divide(offered: Offered, rules: HoldoutRules, *, least: int, most: int, valid: bool) -> Divided:
     """Set the hold-out aside, and rows to select on where the strategy needs them.
 
     Every class keeps at least one training row, and what has its content trains with it. Rows with the content of a hold-out
     row are not trained on.
 
     Args:
+        least: hold-out rows that are wanted at least, where that takes no more than a third of the rows.
         most: hold-out rows, at most.
     """
     rows_N, count = offered.ids, len(offered.ids)
-    place_N = rows_N.double() / _SPAN
     order_N = rows_N.argsort()
     held_N = torch.zeros(count, dtype=torch.bool)
-    wanted = min(max(int((place_N < rules.share).sum()), 1 if count > 1 else 0), most, count - 1)
+    wanted = min(max(round(rules.share * count), min(least, count // 3), min(1, count - 1)), most, count - 1)
     held_N[order_N[:wanted]] = True
     chosen_N = torch.zeros(count, dtype=torch.bool)
     if valid:

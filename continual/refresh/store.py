@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import NonNegativeInt
 from torch import Tensor
 
@@ -26,12 +24,12 @@ from continual.refresh.card import Card
 from continual.refresh.erasure import Erasure, erase
 from continual.refresh.export import export_model
 from continual.refresh.folder import Columns, Folder, Settings, make_folder
-from continual.refresh.intake import read_rows, row_ids
+from continual.refresh.intake import read_rows, row_ids, salt_of
 from continual.refresh.journal import GOES_LIVE, Entry
 from continual.refresh.page import Event, render_page
 from continual.refresh.records import Manifest, Outcome, Report
 from continual.refresh.restored import restored
-from continual.refresh.rules import Rules
+from continual.refresh.rules import Rules, explained
 from continual.refresh.status import Status, compare, status_of
 from continual.refresh.update import Options, Update
 from continual.refresh.verify import verify
@@ -116,7 +114,7 @@ class Store:
             scenario=asked.scenario,
             objective=asked.objective,
             columns=named,
-            salt=secrets.token_hex(16),
+            salt=salt_of(seed),
         )
         make_folder(Path(path), settings, _rule_text(rules, checked))
         return cls(path, trust=wishes([settings.strategy, settings.model]) | asked_by(checked, Path(path)))
@@ -393,4 +391,4 @@ def _rule_text(rules: Any, checked: Rules) -> str:
     """What ``rules.yaml`` says: the file as it was given, comments and all, or every rule."""
     if isinstance(rules, str | Path):
         return Path(rules).read_text(encoding="utf-8")
-    return yaml.safe_dump(checked.model_dump(mode="json"), sort_keys=False)
+    return explained(checked)

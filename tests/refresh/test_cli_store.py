@@ -10,6 +10,8 @@ import yaml
 from store_bench import LOOSE, STRATEGY, month
 from test_cli import Done, continual
 
+from continual.refresh.rules import Rules, explained
+
 FEATURES = ["--feature", "a", "--feature", "b", "--feature", "c", "--id", "id"]
 
 
@@ -108,3 +110,12 @@ def test_rules_are_checked_before_they_are_used(tmp_path: Path) -> None:
     done = continual("check", "rules.yaml", cwd=tmp_path)
     assert done.returncode == 1 and "Did you mean 'max_drop'?" in done.stderr
     assert "max_drop_since_learnt" in continual("check", "--schema", "rules").stdout
+
+
+def test_the_rules_that_init_writes_are_explained_and_read_back() -> None:
+    rules = Rules.model_validate({"gate": {"max_drop": 0.05}, "ladder": {"settings": [{"training.lr": 1e-4}]}})
+    for given in (Rules(), rules):
+        text = explained(given)
+        assert Rules.model_validate(yaml.safe_load(text)) == given
+        keys = [line for line in text.splitlines() if ":" in line and not line.strip().startswith("#")]
+        assert len(keys) == 31 and text.count("# ") >= 30 and "``" not in text

@@ -530,5 +530,7 @@ def test_settings_that_a_stranger_wrote_run_nothing(store: Callable[[], Path]) -
         forge_settings(path, **{key: value})
         with watched(path.parent):
             assert all("--trust" in one for one in used_in_every_way(path))
-            assert "--trust" in said(lambda: Store(path).update(columns(rows(3)), device="cpu", progress=False))
+            assert "--trust" in said(
+                lambda path=path: Store(path).update(columns(rows(3)), device="cpu", progress=False)
+            )
         path = store()

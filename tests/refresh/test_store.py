@@ -303,7 +303,7 @@ def test_an_erasure_that_was_killed_before_it_removed_the_bytes_is_finished_by_t
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "sweep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            store.erase(["m0-0", "m0-1"])
+            store.erase([f"m0-{row}" for row in range(8)])
     last = store.history()[-1]
     assert last.event == "erased" and "the weights of versions 1, 2 were trained on them" in last.sentence
 
@@ -479,7 +479,7 @@ def test_a_content_with_two_labels_is_never_on_both_sides(seed: int, tmp_path: P
     path = tmp_path / "two-labels.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     offered = read_rows(path, store.folder.settings.columns, "classification", SALT)
-    divided = divide(offered, Rules().holdout, most=500, valid=True)
+    divided = divide(offered, Rules().holdout, least=0, most=500, valid=True)
     assert divided.holdout is not None and divided.valid is not None
     assert not set(row_keys(divided.train)) & set(row_keys(divided.holdout))
     assert not set(row_keys(divided.valid)) & set(row_keys(divided.holdout))
