@@ -80,7 +80,6 @@ def forge(store: Path, change: Callable[[list[dict[str, Any]]], object] = lambda
     Digests of ``store.json`` and of the manifests are taken anew from the files, as a stranger who makes a store would.
     """
 
-
     def digest(version: int) -> str:
         return hashlib.sha256((store / "versions" / f"{version:04d}" / "manifest.json").read_bytes()).hexdigest()
 

