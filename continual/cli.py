@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from continual.cli_store import store_app
-from continual.errors import ContinualError
+from continual.errors import ContinualError, one_line
 
 app = typer.Typer(
     name="continual",
@@ -296,7 +296,7 @@ def main() -> NoReturn:
         app(prog_name="continual")
     except ContinualError as error:
         rank = os.environ.get("RANK", "0")
-        print(f"continual{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
+        print(f"continual{'' if rank == '0' else f' (process {rank})'}: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != 130:

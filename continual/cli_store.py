@@ -171,12 +171,13 @@ def compare_command(
 @store_app.command("verify")
 def verify_command(store: Place) -> None:
     """Prove the chain of versions and every byte; exit 1 where something is wrong."""
+    from continual.errors import one_line
     from continual.refresh import Store
 
     opened = Store(store)
     wrong = opened.verify()
     for sentence in wrong:
-        print(f"continual: {sentence}", file=sys.stderr)
+        print(f"continual: {one_line(sentence)}", file=sys.stderr)
     if wrong:
         raise typer.Exit(1)
     print(f"{len(opened.versions())} versions, every byte as it was written")

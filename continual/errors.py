@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterable
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 MOST = 40
 """Names that a sentence lists."""
 
@@ -41,6 +43,11 @@ class TrainingError(ContinualError):
 def quoted(names: Iterable[object]) -> str:
     """``'a', 'b', 'c'``, in the order given."""
     return ", ".join(f"'{name}'" for name in names)
+
+
+def one_line(text: object) -> str:
+    """A sentence without line breaks and other signs that a terminal obeys, which names in it may have."""
+    return _CONTROL.sub(" ", str(text)).strip()
 
 
 def shown(value: object, length: int = 60) -> str:

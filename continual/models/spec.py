@@ -86,6 +86,6 @@ def parse_model_spec(spec: str | Mapping[str, Any], where: str = "the model") ->
     kind = spec.get("kind")
     if kind is None:
         raise SpecError(f"{where}: the key 'kind' is missing: add one of {', '.join(sorted(KINDS))}.")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise SpecError(f"{where}: {unknown('model kind', kind, KINDS)}")
     return parse(KINDS[kind], dict(spec), where)

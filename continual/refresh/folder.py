@@ -29,6 +29,7 @@ from pydantic import Field, StringConstraints
 from torch import Tensor
 
 from continual.errors import StateError
+from continual.models.spec import parse_model_spec
 from continual.objective import Objective
 from continual.provenance import now
 from continual.refresh.journal import Entry, Journal, erased_of, live_entry, manifests_of
@@ -119,7 +120,9 @@ class Folder:
             raise StateError(
                 f"'{path}' is not what was written (its SHA-256 is not the journal's): restore the store from a backup."
             )
-        return read_record(Settings, content, f"'{path}'")
+        found = read_record(Settings, content, f"'{path}'")
+        parse_model_spec(found.model, f"'{path}'")
+        return found
 
     @property
     def rules(self) -> Rules:

@@ -102,7 +102,7 @@ def compare(folder: Folder, one: int, other: int) -> str:
         ("try", [str(m.attempt) for m in manifests]),
         ("rows trained", [str(m.data.trained) for m in manifests]),
         ("size", [_size(sum(p.bytes for p in m.pieces.values())) for m in manifests]),
-        ("training", [f"{r.cost['train']:.1f} s" for r in reports]),
+        ("training", [f"{r.cost.get('train', 0.0):.1f} s" for r in reports]),
         ("commit", [str(m.code.get("commit")) for m in manifests]),
     ):
         rows.append((title, values[0], values[1]))

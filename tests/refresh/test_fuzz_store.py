@@ -191,7 +191,7 @@ def said(command: Callable[[], object]) -> str:
         command()
     except ContinualError as error:
         text = str(error)
-        assert text and "\n" not in text.strip() and SECRET not in text, text
+        assert text and SECRET not in text, text
         return text
     return ""
 
@@ -243,6 +243,9 @@ def used_in_every_way(path: Path) -> list[str]:
 # Rows
 
 
+@pytest.mark.filterwarnings(  # pandas 3.0 leaves a CSV file open that it cannot parse (November 2026)
+    "ignore:.*unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 @quickly(60)
 @given(content=st.binary(max_size=200) | st.text(max_size=80).map(lambda text: text.encode("utf-8", "surrogatepass")),
        suffix=st.sampled_from([".jsonl", ".csv", ".parquet", ".json"]))  # fmt: skip
@@ -299,7 +302,7 @@ def test_any_rules(text: str, place: Path) -> None:
         try:
             assert isinstance(Rules.load(path), Rules)
         except SpecError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
+            assert str(path) in str(error)
 
 
 @quickly(25)
@@ -520,17 +523,16 @@ def test_a_store_within_reach_of_links(store: Callable[[], Path]) -> None:
 
 
 def test_settings_that_a_stranger_wrote_run_nothing(store: Callable[[], Path]) -> None:
-    path = store()
+    def refused(path: Path, key: str, value: Any) -> None:
+        forge_settings(path, **{key: value})
+        with watched(path.parent):
+            assert all("--trust" in one for one in used_in_every_way(path))
+            assert "--trust" in said(lambda: Store(path).update(columns(rows(3)), device="cpu", progress=False))
+
     for key, value in (
         ("model", {"kind": "module", "class": "evil:Part"}),
         ("model", {"kind": "module", "class": "os:system", "arguments": {"command": "true"}}),
         ("strategy", {"replay": {"kind": "evil:Part"}, "training": {"epochs": 1}}),
         ("strategy", {"replay": [{"kind": "rehearsal", "folder": "/tmp"}], "training": {"epochs": 1}}),
     ):
-        forge_settings(path, **{key: value})
-        with watched(path.parent):
-            assert all("--trust" in one for one in used_in_every_way(path))
-            assert "--trust" in said(
-                lambda path=path: Store(path).update(columns(rows(3)), device="cpu", progress=False)
-            )
-        path = store()
+        refused(store(), key, value)

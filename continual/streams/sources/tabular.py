@@ -73,7 +73,7 @@ class TabularSource(Spec):
             self._labels(dataset, objective, where),
             None if self.domain is None else list(dataset[self.domain]),
             None if self.time is None else list(dataset[self.time]),
-            None if self.id is None else np.asarray(dataset[self.id]),
+            None if self.id is None else _array(list(dataset[self.id])),
             notes,
         )
 
@@ -223,6 +223,16 @@ def quiet(*, log: bool = True) -> Iterator[None]:
         datasets.logging.set_verbosity(level)
         if not silent:
             datasets.enable_progress_bars()
+
+
+def _array(values: list[Any]) -> npt.NDArray[Any]:
+    """The values as an array, of objects where they are of different shapes."""
+    try:
+        return np.asarray(values)
+    except ValueError:
+        found = np.empty(len(values), dtype=object)
+        found[:] = values
+        return found
 
 
 def _is_numeric(feature: Any) -> bool:
