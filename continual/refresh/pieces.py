@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from continual.errors import StateError
+
 State = dict[str, Any]
 
 BLOCK = 32
@@ -34,9 +36,19 @@ def split(state: State) -> dict[str, State]:
 
 
 def join(pieces: dict[str, State]) -> State:
-    """The state that :func:`split` took apart."""
+    """The state that :func:`split` took apart.
+
+    Raises:
+        StateError: pieces of some experience are not there.
+    """
     state = {**pieces["learner"], **pieces["clock"]}
     found = {kind: entries_of(pieces, kind) for kind in ("tests", "ledger", "past")}
+    for kind in ("ledger", "past"):
+        if (kind == "ledger" or found[kind]) and list(found[kind]) != list(range(state["updates"])):
+            raise StateError(
+                f"the pieces '{kind}' of a state are of {len(found[kind])} experiences, and it learnt {state['updates']}: restore "
+                "the store from a backup."
+            )
     state["tests"] = {str(index): test for index, test in found["tests"].items()}
     state["ledger"] = {"entries": list(found["ledger"].values())}
     state["past"] = list(found["past"].values())
