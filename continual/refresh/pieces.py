@@ -43,11 +43,15 @@ def join(pieces: dict[str, State]) -> State:
     """
     state = {**pieces["learner"], **pieces["clock"]}
     found = {kind: entries_of(pieces, kind) for kind in ("tests", "ledger", "past")}
-    for kind in ("ledger", "past"):
-        if (kind == "ledger" or found[kind]) and list(found[kind]) != list(range(state["updates"])):
+    measured = (state.get("monitor") or {}).get("tests", {})
+    wanted = {"tests": sorted(map(int, measured)), "ledger": list(range(state.get("updates", 0)))}
+    if found["past"]:
+        wanted["past"] = wanted["ledger"]
+    for kind, experiences in wanted.items():
+        if list(found[kind]) != experiences:
             raise StateError(
-                f"the pieces '{kind}' of a state are of {len(found[kind])} experiences, and it learnt {state['updates']}: restore "
-                "the store from a backup."
+                f"the pieces '{kind}' of a state are of {len(found[kind])} experiences and should be of {len(experiences)}: "
+                "restore the store from a backup."
             )
     state["tests"] = {str(index): test for index, test in found["tests"].items()}
     state["ledger"] = {"entries": list(found["ledger"].values())}
