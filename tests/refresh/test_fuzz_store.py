@@ -243,7 +243,7 @@ def used_in_every_way(path: Path) -> list[str]:
 # Rows
 
 
-@pytest.mark.filterwarnings(  # pandas 3.0 leaves a CSV file open that it cannot parse (November 2026)
+@pytest.mark.filterwarnings(  # pandas 3.1 leaves a CSV file open that it cannot parse (November 2026)
     "ignore:.*unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
 @quickly(60)
