@@ -23,7 +23,7 @@ class Findings:
 
 
 def check_file(name: str, *, data: Path | None = None, seed: int = 0) -> Findings:
-    """Check a stream, a strategy or a study, whichever ``name`` is.
+    """Check a stream, a strategy, a study or the rules of a store, whichever ``name`` is.
 
     Raises:
         SpecError: it is none of them, or has a wrong key.
@@ -38,6 +38,11 @@ def check_file(name: str, *, data: Path | None = None, seed: int = 0) -> Finding
     content = read_yaml(path)
     if content.keys() & {"streams", "strategies", "groups"}:
         return _study(path)
+    if content.keys() & {"gate", "ladder", "holdout", "drift", "alerts"}:
+        from continual.refresh.rules import Rules
+
+        Rules.load(path)
+        return Findings(right=["rules of a store: every key is known"])
     return _stream(path, data, seed) if _is_stream(content) else _strategy(path)
 
 
@@ -47,11 +52,17 @@ def schema_of(kind: str) -> str:
     Raises:
         SpecError: another kind.
     """
+    from continual.refresh.rules import Rules
     from continual.strategy import StrategySpec
     from continual.streams.spec import StreamSpec
     from continual.study import StudySpec
 
-    models: dict[str, type[BaseModel]] = {"stream": StreamSpec, "strategy": StrategySpec, "study": StudySpec}
+    models: dict[str, type[BaseModel]] = {
+        "stream": StreamSpec,
+        "strategy": StrategySpec,
+        "study": StudySpec,
+        "rules": Rules,
+    }
     if kind not in models:
         raise SpecError(unknown("kind of file", kind, models))
     return json.dumps(models[kind].model_json_schema(), indent=1)

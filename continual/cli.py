@@ -256,14 +256,16 @@ def list_command(
 
 @app.command("check")
 def check_command(
-    file: Annotated[str, typer.Argument(help="A stream, strategy or study: a YAML file or a name.")],
+    file: Annotated[
+        str, typer.Argument(help="A stream, strategy or study, or the rules of a store: a YAML file or a name.")
+    ],
     data: Data = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     schema: Annotated[
-        bool, typer.Option("--schema", help="Print the JSON schema instead: FILE is stream, strategy or study.")
+        bool, typer.Option("--schema", help="Print the JSON schema instead: FILE is stream, strategy, study or rules.")
     ] = False,
 ) -> None:
-    """Say what is wrong with a stream, a strategy or a study, before anything runs."""
+    """Say what is wrong with a stream, a strategy, a study or the rules of a store, before anything runs."""
     from continual.checking import check_file, schema_of
 
     if schema:

@@ -120,6 +120,14 @@ def update_command(
         raise typer.Exit(status)
 
 
+@store_app.command("abandon")
+def abandon_command(store: Place) -> None:
+    """Give up an update that broke off; its own command would go on with it."""
+    from continual.refresh import Store
+
+    print(Store(store).abandon())
+
+
 @store_app.command("status")
 def status_command(
     store: Place,
@@ -129,7 +137,7 @@ def status_command(
     """Say which version is live, what it still knows, and what the last update did."""
     from continual.refresh import Store
 
-    opened = Store.unused(store)
+    opened = Store(store)
     print(opened.status().model_dump_json(indent=1) if as_json else opened.status())
     if html is not None:
         print(opened.page(html))
@@ -140,7 +148,7 @@ def history_command(store: Place, as_json: AsJson = False) -> None:
     """List everything that happened to the store, the oldest first."""
     from continual.refresh import Store
 
-    for entry in Store.unused(store).history():
+    for entry in Store(store).history():
         if as_json:
             print(entry.model_dump_json())
         else:
@@ -157,7 +165,7 @@ def compare_command(
     """Compare two versions, experience by experience, with where each comes from."""
     from continual.refresh import Store
 
-    print(Store.unused(store).compare(one, other))
+    print(Store(store).compare(one, other))
 
 
 @store_app.command("verify")
@@ -166,7 +174,7 @@ def verify_command(store: Place) -> None:
     from continual.errors import one_line
     from continual.refresh import Store
 
-    opened = Store.unused(store)
+    opened = Store(store)
     wrong = opened.verify()
     for sentence in wrong:
         print(f"continual: {one_line(sentence)}", file=sys.stderr)
@@ -197,7 +205,7 @@ def promote_command(store: Place, version: Annotated[int, typer.Argument(help="T
     """Make a version live that the gate held back, or an earlier one."""
     from continual.refresh import Store
 
-    print(Store.unused(store).promote(version))
+    print(Store(store).promote(version))
 
 
 @store_app.command("rollback")
@@ -207,10 +215,10 @@ def rollback_command(
         int | None, typer.Argument(help="Default: the one before the live one, in its own line.")
     ] = None,
 ) -> None:
-    """Make an earlier version live; the next update goes on from there."""
+    """Make a version live that was live before; the next update goes on from there."""
     from continual.refresh import Store
 
-    print(Store.unused(store).rollback(version))
+    print(Store(store).rollback(version))
 
 
 @store_app.command("erase")
@@ -228,7 +236,7 @@ def erase_command(
     opened = Store(store, trust=trust or ())
     if rows.suffix == ".txt":
         try:
-            ids = [line.strip() for line in rows.read_text(encoding="utf-8").splitlines() if line.strip()]
+            ids = [line.strip() for line in rows.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise StreamError(f"'{rows}' cannot be read ({error}): name a text file with an id a line.") from error
         if not ids:

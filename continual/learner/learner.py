@@ -56,6 +56,7 @@ class Learner(Erasing):
         test: Any = None,
         valid: Any = None,
         name: str | None = None,
+        tree: bool = True,
     ) -> Update:
         """Learn from one experience and measure every test set so far.
 
@@ -68,6 +69,7 @@ class Learner(Erasing):
                 ``datasets.Dataset``, ``(inputs, labels)``, a mapping of columns or a data frame.
             test, valid: rows of the same kind to measure and to select on.
             name: shown in the retention tree.
+            tree: False leaves the tree and its intervals out, which take time where there are hundreds of test sets.
 
         Raises:
             ContinualError: data, model or strategy that cannot be; training whose loss is not finite.
@@ -86,7 +88,7 @@ class Learner(Erasing):
                 objective=self.objective,
             )
         require_experience(experience)
-        return self._update(experience)
+        return self._update(experience, tree=tree)
 
     def run(
         self,
@@ -179,7 +181,7 @@ class Learner(Erasing):
 
     # One update
 
-    def _update(self, experience: Experience, stream: Stream | None = None) -> Update:
+    def _update(self, experience: Experience, stream: Stream | None = None, tree: bool = True) -> Update:
         if stream is None and self.strategy.data == "joint":
             raise CompositionError(
                 "data: joint trains once on a whole stream: call run(stream), or take 'cumulative' to update step by step."
@@ -229,9 +231,8 @@ class Learner(Erasing):
                 self._checkpoint(None)
             self._failed = None
         slots = sorted({part.slot for part in self.parts}) if self._engine is None else None
-        retention = (
-            self.monitor.latest(hint=slots, name=experience.name) if self.monitor and self.monitor.measured else None
-        )
+        measured = tree and self.monitor is not None and self.monitor.measured
+        retention = self.monitor.latest(hint=slots, name=experience.name) if measured and self.monitor else None
         update = Update(
             index=experience.index,
             name=experience.name,

@@ -39,7 +39,7 @@ def tell(outcome: Outcome, rules: AlertRules, store: Path, live: tuple[Manifest,
         return []
     told: list[tuple[str, Callable[[], str | None]]] = []
     command, webhook, prometheus = rules.command, rules.webhook, rules.prometheus
-    if outcome.happened in rules.on:
+    if outcome.happened in rules.outcomes:
         if command is not None:
             told.append((f"the command '{command[0]}'", partial(_run, command, outcome, store, rules.timeout)))
         if webhook is not None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import ndtri, stdtr, stdtrit
+from scipy.special import betaincinv, ndtri, stdtr, stdtrit
 from scipy.stats import binomtest
 
 from continual.monitor.gate import POWER, Answer, holm, is_binary
@@ -50,6 +50,12 @@ def hold_to(
         else Check(rule=rule, name=name, answer="cannot tell", value=None, limit=limit)
         for name in scores
     ]
+
+
+def mean_interval(score_N: ArrayLike, level: float) -> tuple[float | None, float | None]:
+    """The interval of a mean at confidence 1 - 2 * level, as :func:`hold_to` computes it; None where it has none."""
+    found = _compare(score_N, 0.0, level, least=True)
+    return defined(found.low), defined(found.high)
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,8 @@ def _compare(given: ArrayLike, limit: float, level: float, least: bool) -> _Mean
 
 
 def _share(count: int, rows: int, limit: float, level: float, least: bool) -> _Mean:
-    interval = binomtest(count, rows).proportion_ci(confidence_level=1 - 2 * level, method="exact")
+    low = float(betaincinv(count, rows - count + 1, level)) if count else 0.0
+    high = float(betaincinv(count + 1, rows - count, 1 - level)) if count < rows else 1.0
     measured = (count + 1) / (rows + 2)  # never 0 or 1: rows that were all right so far need not stay so
     possible = min(max(limit, 0.0), 1.0)
     safe = limit <= 0 if least else limit >= 1
@@ -94,7 +101,7 @@ def _share(count: int, rows: int, limit: float, level: float, least: bool) -> _M
     else:
         p_value = 1.0 if safe else 0.0
     variances = (possible * (1 - possible), measured * (1 - measured))
-    return _Mean(count / rows, float(interval.low), float(interval.high), p_value, variances, rows, True, safe)
+    return _Mean(count / rows, low, high, p_value, variances, rows, True, safe)
 
 
 def _check(

@@ -10,15 +10,18 @@ import hashlib
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from continual.errors import StateError
+from continual.monitor.monitor import Monitor
 from continual.refresh.folder import Folder
-from continual.refresh.pieces import split
-from continual.refresh.records import Drift, Piece, Report, record_text
+from continual.refresh.measuring import measured_in
+from continual.refresh.pieces import entries_of, split
+from continual.refresh.records import Drift, Measured, Piece, Report, record_text
 from continual.refresh.restored import restored, whole
 from continual.refresh.verify import verify
 
@@ -89,6 +92,8 @@ def _erase(folder: Folder, rows: Tensor, trust: Sequence[str]) -> Erasure:
         pieces = {name: piece for name, piece in manifest.pieces.items() if name == "form"}
         pieces |= {name: folder.objects.put(piece) for name, piece in split(learner.state()).items()}
         report = _without_names(report)
+        if learner.monitor is not None and learner.monitor.measured:
+            report = report.model_copy(update={"measured": _again(report, learner.monitor)})
         content = record_text(report).encode()
         pieces["report"] = Piece(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
         changed: dict[str, Any] = {"pieces": pieces, "parent_manifest": parent, "erased": manifest.erased + 1}
@@ -96,25 +101,24 @@ def _erase(folder: Folder, rows: Tensor, trust: Sequence[str]) -> Erasure:
         written.append(version)
     before = folder.erased()
     gone = torch.unique(torch.cat([before, rows]))
-    sentence = f"{len(known)} of {len(rows)} rows were erased from {len(written)} versions"
+    more = f"; the weights of {_listed(trained)} were trained on them" if trained else ""
+    sentence = f"{len(known)} of {len(rows)} rows were erased from {len(written)} versions{more}"
     if manifests or len(gone) > len(before):
         folder.put_erased(manifests, gone.tolist(), len(known), sentence)
     folder.sweep()
     commands = _commands(folder, trained)
-    more = f"; the weights of {_listed(trained)} were trained on them" if trained else ""
-    return Erasure(len(rows), len(known), places, tuple(written), tuple(trained), commands, f"{sentence}{more}.")
+    return Erasure(len(rows), len(known), places, tuple(written), tuple(trained), commands, f"{sentence}.")
 
 
 def _touched(folder: Folder, version: int, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Those of ``rows`` that a version was given, and those that its weights were trained on."""
     held, taught = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-    for name in folder.manifest(version).pieces:
-        if name.startswith("ledger/"):
-            entry = folder.piece(version, name)
-            with whole(folder, version):
-                taught.append(entry["trained_ids"])
-                held += [entry["trained_ids"], entry["tested_ids"]]
+    names = [name for name in folder.manifest(version).pieces if name.startswith("ledger/")]
+    pieces = {name: folder.piece(version, name) for name in names}
     with whole(folder, version):
+        for entry in entries_of(pieces, "ledger").values():
+            taught.append(entry["trained_ids"])
+            held += [entry["trained_ids"], entry["tested_ids"]]
         return rows[torch.isin(rows, torch.cat(held))], rows[torch.isin(rows, torch.cat(taught))]
 
 
@@ -124,16 +128,31 @@ def _commands(folder: Folder, trained: list[int]) -> tuple[str, ...]:
     hit = [version for version in line if version in trained]
     if not hit:
         return ()
-    store = shlex.quote(str(folder.path))
-    before = folder.manifest(hit[0]).parent
-    updates = [
-        f"continual store update {store} {shlex.quote(folder.manifest(version).data.path)} --again"
-        for version in line[line.index(hit[0]) :]
-    ]
+    store, before = shlex.quote(str(folder.path)), folder.manifest(hit[0]).parent
+    first = f"continual store rollback {store} {before}"
     if before is None:
         first = f"# version {hit[0]} is the first: make a new store, leave the rows out of its files, and give it the same updates"
-        return (first, *(command.replace(store, "NEW-STORE").removesuffix(" --again") for command in updates))
-    return (f"continual store rollback {store} {before}", *updates)
+        store = "NEW-STORE"
+    commands = [first]
+    for version in line[line.index(hit[0]) :]:
+        manifest = folder.manifest(version)
+        path, name = manifest.data.path, manifest.experience
+        if manifest.data.sha256 is None and path == "rows":
+            commands.append(
+                f"# '{name}' came from Python: give the store its rows again, update(rows, name={name!r}, again=True)"
+            )
+            continue
+        own = "" if name == Path(path).stem else f" --name {shlex.quote(name)}"
+        commands.append(
+            f"continual store update {store} {shlex.quote(path)}{own}{'' if before is None else ' --again'}"
+        )
+    return tuple(commands)
+
+
+def _again(report: Report, monitor: Monitor) -> tuple[Measured, ...]:
+    """What was measured, on the rows that are left; ``before`` stays, since the live version's scores of then are not kept."""
+    before = {one.name: one.before for one in report.measured}
+    return tuple(one.model_copy(update={"before": before.get(one.name)}) for one in measured_in(monitor))
 
 
 def _without_names(report: Report) -> Report:

@@ -71,7 +71,7 @@ class Settings(Record):
 
     Attributes:
         strategy: as a mapping, and what reports call it.
-        salt: mixed into the hash that makes a row's id a number.
+        salt: made from the seed, and mixed into the hash that makes a row's id a number.
         base_model_sha256: of the model's weights; None where it begins with random ones.
     """
 
@@ -386,6 +386,9 @@ class Folder:
                 shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
         entries = self._entries()
         self._settle(entries)
+        if entries and entries[-1].event == "erased":
+            with suppress(StateError):  # a damaged version must not keep anybody from rolling back
+                self.sweep()  # files that held the rows, where it was killed before they were removed
         live, path = live_entry(entries), self.path / "CURRENT"
         if live is None or live.version is None:
             path.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """The rows of an update on their way in: read, numbered, checked against what the store knows, and a hold-out set aside.
 
 A row's id is a number made from its ``id`` column, or from its content and label where there is none, by a hash with the
-store's salt: the same row has the same id in every file, and the id tells nothing of the row. Hold-out rows are those of
-smallest hash, so that more rows never move one from the hold-out to the training.
+store's salt (which follows from its seed): the same row has the same id in every file and in every store of that seed. Hold-out
+rows are those of smallest hash.
 
 Letters: N rows.
 """
@@ -111,6 +111,11 @@ def read_rows(data: Any, columns: Columns, objective: Objective, salt: str) -> O
     return Offered(raw, rows_N, names, path, sha256, fingerprint, count, form, tuple(notes))
 
 
+def salt_of(seed: int) -> str:
+    """The salt of a store with this seed, 16 bytes in hexadecimal."""
+    return hashlib.blake2b(f"continual store {seed}".encode(), digest_size=16).hexdigest()
+
+
 def row_ids(ids: Sequence[str], salt: str) -> Tensor:
     """The numbers of rows with these values in their ``id`` column, int64 (N,)."""
     return _hashed(ids, salt)
@@ -173,19 +178,20 @@ def check_labels(offered: Offered, known: Sequence[str], scenario: Scenario, acc
         )
 
 
-def divide(offered: Offered, rules: HoldoutRules, *, most: int, valid: bool) -> Divided:
+def divide(offered: Offered, rules: HoldoutRules, *, least: int, most: int, valid: bool) -> Divided:
     """Set the hold-out aside, and rows to select on where the strategy needs them.
 
-    Every class keeps at least one training row. Rows with the content of a hold-out row are not trained on.
+    Every class keeps at least one training row, and what has its content trains with it. Rows with the content of a hold-out
+    row are not trained on.
 
     Args:
+        least: hold-out rows that are wanted at least, where that takes no more than a third of the rows.
         most: hold-out rows, at most.
     """
     rows_N, count = offered.ids, len(offered.ids)
-    place_N = rows_N.double() / _SPAN
     order_N = rows_N.argsort()
     held_N = torch.zeros(count, dtype=torch.bool)
-    wanted = min(max(int((place_N < rules.share).sum()), 1 if count > 1 else 0), most, count - 1)
+    wanted = min(max(round(rules.share * count), min(least, count // 3), min(1, count - 1)), most, count - 1)
     held_N[order_N[:wanted]] = True
     chosen_N = torch.zeros(count, dtype=torch.bool)
     if valid:
@@ -199,7 +205,7 @@ def divide(offered: Offered, rules: HoldoutRules, *, most: int, valid: bool) -> 
         training_K = np.bincount(class_N[trains_N], minlength=class_N.max() + 1)
         for empty in np.flatnonzero(training_K == 0):
             own = order_N[torch.from_numpy(class_N[order_N.numpy()] == empty)]
-            own = own[torch.from_numpy(keys_N[own.numpy()] == keys_N[int(own[-1])])]
+            own = torch.from_numpy(keys_N == keys_N[int(own[-1])])  # with that content under any label
             held_N[own] = chosen_N[own] = copies_N[own] = False
     parts = [~held_N & ~chosen_N & ~copies_N, chosen_N & ~copies_N, held_N]
     train, selects, measures = (
@@ -222,7 +228,7 @@ def _raw(data: Any, columns: Columns, objective: Objective) -> tuple[str, str | 
                 raise StreamError(
                     f"'{path}' was not found: name a JSONL, CSV or Parquet file, or a folder of `datasets`."
                 )
-            source = FilesSource(path=str(path), **named)
+            source = _Rows(path=str(path), **named)
             return str(data), file_sha256(path), source.parts({"train": path}, objective)["train"]
     if hasattr(data, "columns") and hasattr(data, "iloc"):
         import datasets
@@ -235,6 +241,14 @@ def _raw(data: Any, columns: Columns, objective: Objective) -> tuple[str, str | 
     ids = table.column("row") if "row" in table.names else None
     features = {name: column for name, column in _columns_of(table).items() if name not in ("labels", "row")}
     return "rows", None, Raw(TensorTable(features), labels, ids=ids)
+
+
+class _Rows(FilesSource):
+    """Whose ids are text, as they stand: 007 is not 7."""
+
+    def string_columns(self, objective: Objective) -> tuple[str, ...]:
+        named = super().string_columns(objective)
+        return named if self.id is None else (*named, self.id)
 
 
 def _saved_dataset(path: Path) -> Any:

@@ -8,15 +8,20 @@ from __future__ import annotations
 import statistics
 import time
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from continual.learner import Learner
 from continual.monitor.evaluation import evaluating
 from continual.monitor.metrics import defined
 from continual.monitor.monitor import Monitor
+from continual.refresh.bounds import mean_interval
 from continual.refresh.records import Measured
 from continual.table import Table, to_device
 
+LEVEL = 0.025
+"""Of each end of an interval."""
 ROWS = 64
 TURNS = 5
 
@@ -25,19 +30,20 @@ def measured_in(monitor: Monitor) -> tuple[Measured, ...]:
     """Mean scores of every experience and probe at the last update, when it was learnt, and at the update before."""
     last = monitor.updates() - 1
     learnt, before = monitor.pairs(), monitor.pairs(before=last - 1) if last else {}
-    low, high = monitor.last_intervals()
-    rows = {name: len(table) for name, table in zip(monitor.names(), monitor.tables().values(), strict=False)}
+    now = monitor.scores()
     found = []
-    for place, (name, score) in enumerate(zip(monitor.names(), monitor.matrix()[last], strict=True)):
+    for name, score_N in now.items():
+        low, high = (None, None) if score_N is None else mean_interval(score_N, LEVEL)
+        score = None if score_N is None else _mean(score_N)
         found.append(
             Measured(
                 name=name,
-                rows=rows.get(name, 0),
-                score=defined(score),
-                low=defined(low[place]),
-                high=defined(high[place]),
-                learnt=defined(learnt[name][0].mean()) if name in learnt else defined(score),
-                before=defined(before[name][0].mean()) if name in before else None,
+                rows=0 if score_N is None else len(score_N),
+                score=score,
+                low=low,
+                high=high,
+                learnt=_mean(learnt[name][0]) if name in learnt else score,
+                before=_mean(before[name][0]) if name in before else None,
             )
         )
     for name, history in monitor.probe_history().items():
@@ -46,6 +52,11 @@ def measured_in(monitor: Monitor) -> tuple[Measured, ...]:
         found.append(Measured(name=name, rows=len(monitor.probes[name]), score=scores[-1], learnt=scores[0], before=then,
                               probe=True))  # fmt: skip
     return tuple(found)
+
+
+def _mean(score_N: NDArray[np.float32]) -> float | None:
+    """None where there are no rows, as where all were erased."""
+    return defined(float(score_N.mean())) if len(score_N) else None
 
 
 def seconds_in_turns(one: Learner, other: Learner, table: Table) -> tuple[float, float]:

@@ -172,7 +172,8 @@ class Manifest(Record):
     Attributes:
         parent: the version that it was trained on from, and the SHA-256 of that one's manifest; None for the first.
         update: place of its experience in its own line of versions, from 0.
-        pieces: name → file: ``learner``, ``report``, and ``tests/0000``, ``ledger/0000`` … one for each experience.
+        pieces: name → file: ``learner``, ``clock``, ``form``, ``report``, and ``tests/0000``, ``ledger/0000`` …
+            (:mod:`continual.refresh.pieces`).
         answer: of the gate, and the sentence why.
         code: version of this package, commit, and versions of the packages that figures depend on.
         erased: how many times rows were erased from it.

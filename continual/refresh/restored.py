@@ -16,7 +16,7 @@ _SIGNS = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, A
 """How a state shows that it is none: a tensor of another shape, a key that is missing, a number that is a word."""
 
 
-def restored(store: Folder, version: int, trust: Iterable[str], /, **options: Any) -> Learner:
+def restored(folder: Folder, version: int, trust: Iterable[str], /, **options: Any) -> Learner:
     """The learner of a version.
 
     Args:
@@ -25,8 +25,8 @@ def restored(store: Folder, version: int, trust: Iterable[str], /, **options: An
     Raises:
         ContinualError: damaged, of another base model, asking for something that is not trusted, or no state of a learner.
     """
-    state = store.state(version)
-    with whole(store, version):
+    state = folder.state(version)
+    with whole(folder, version):
         return Learner.restore(state, f"version {version}", trust=trust, **options)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from continual.errors import SpecError
@@ -19,6 +21,7 @@ Finding = Literal["label-shift", "covariate-shift", "form-shift", "unknown-class
 
 _PHRASE = re.compile(r"max drop (\d*\.?\d+%?)(?: at (\d*\.?\d+)%)?")
 _SIZE = re.compile(r"(\d*\.?\d+)\s*([kmgt]?)i?b?", re.IGNORECASE)
+_ATTRIBUTE = re.compile(r" {8}(\w+): (.+)")
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -28,13 +31,13 @@ class GateRules(Spec):
     Attributes:
         max_drop: largest drop of an earlier experience's mean score against the version that is live, in the unit of the
             score (.02 is two points of accuracy); tested row by row, each experience by itself.
-        max_drop_since_learnt: the same against the version that learnt the experience; None asks for nothing.
+        max_drop_since_learnt: the same against the version that learnt the experience; null asks for nothing.
         confidence: of every answer, in (.5, 1).
         floor: least mean score of every experience, the new one among them.
         new_floor: least mean score of the new experience.
         negative_flips: largest share of the rows of earlier experiences that were right in the live version and are wrong now.
         slower: largest ratio of the time of a prediction to that of the live version, measured in turns.
-        largest: largest size of a version in bytes; ``200MB`` is read as well.
+        largest: largest size of the model's state (weights, parts, optimiser) in bytes; ``200MB`` is read as well.
         unsure: what becomes of an update that the rows at hand can neither pass nor fail: ``hold`` keeps the live version,
             ``promote`` goes live.
     """
@@ -73,7 +76,7 @@ class HoldoutRules(Spec):
     """Which of the new rows are never trained on and become the experience's test set, chosen by a hash of the row id.
 
     Attributes:
-        share: of the new rows.
+        share: of the new rows; more, up to a third, where the gate could not pass with so few.
         rows: of one experience, at most.
         total: of all experiences, at most; the sets of all experiences shrink alike, to rows of smallest hash.
         valid: share of the rows that a strategy with early stopping selects on.
@@ -104,20 +107,20 @@ class DriftRules(Spec):
 
 
 class AlertRules(Spec):
-    """Who is told of what became of an update.
+    """Who is told of what became of an update; each of them must be named with --trust as well.
 
     Attributes:
         command: program and arguments, started without a shell; the outcome as JSON on its standard input.
         webhook: address that the same JSON is posted to (https, or http on this machine).
         prometheus: file for Prometheus' text collector, below the store unless the path is absolute.
-        on: which outcomes ``command`` and ``webhook`` hear of.
+        outcomes: which of them ``command`` and ``webhook`` hear of.
         timeout: seconds that each of them may take.
     """
 
     command: list[str] | None = Field(default=None, min_length=1)
     webhook: str | None = Field(default=None, pattern=r"^(https://|http://(localhost|127\.0\.0\.1|\[::1\])[:/])")
     prometheus: str | None = None
-    on: tuple[Happened, ...] = ("promoted", "failed", "cannot tell", "stopped")
+    outcomes: tuple[Happened, ...] = ("promoted", "failed", "cannot tell", "stopped")
     timeout: PositiveFloat = 10.0
 
 
@@ -160,3 +163,38 @@ def gate_phrase(phrase: str) -> dict[str, float]:
     chosen = {"max_drop": drop} if found[2] is None else {"max_drop": drop, "confidence": float(found[2]) / 100}
     parse(GateRules, chosen, f"the gate '{phrase}'")
     return chosen
+
+
+def explained(rules: Rules) -> str:
+    """The rules as YAML, with what every key means beside it, as the docstrings here have it."""
+    lines = []
+    for name, value in rules:
+        if not isinstance(value, Spec):
+            lines += [*_comment(_meanings(Rules)[name], ""), f"{name}: {value}"]
+            continue
+        lines.append(f"{name}:  # {(type(value).__doc__ or '').splitlines()[0]}")
+        meanings = _meanings(type(value))
+        for key, own in value.model_dump(mode="json").items():
+            lines += [
+                *_comment(meanings[key], "  "),
+                f"  {key}: {yaml.safe_dump(own, default_flow_style=True).splitlines()[0]}",
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def _meanings(kind: type[Spec]) -> dict[str, str]:
+    """Key → its words in the docstring's list of attributes."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in (kind.__doc__ or "").partition("Attributes:")[2].splitlines():
+        head = _ATTRIBUTE.fullmatch(line)
+        if head is not None:
+            name = head[1]
+            found[name] = head[2]
+        elif name and line.strip():
+            found[name] += f" {line.strip()}"
+    return found
+
+
+def _comment(words: str, indent: str) -> list[str]:
+    return textwrap.wrap(words.replace("``", ""), 110, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")

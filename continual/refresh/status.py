@@ -17,6 +17,7 @@ class Status(Record):
         last: the version made last, and what the gate said of it.
         measured: every experience in the live version.
         bytes: of the live version's files.
+        stopped: why drift stopped an update since the last version was made; None where it did not.
         under_way: the rows of an update that broke off, None where there is none.
     """
 
@@ -35,6 +36,7 @@ class Status(Record):
     drift: tuple[str, ...]
     bytes: Count
     erased: Count
+    stopped: str | None
     under_way: str | None
 
     def __str__(self) -> str:
@@ -52,6 +54,8 @@ class Status(Record):
         lines += [f"drift: {sentence}" for sentence in self.drift]
         if self.erased:
             lines.append(f"{self.erased} rows were erased and are kept out")
+        if self.stopped is not None:
+            lines.append(f"the last update was stopped: {self.stopped}")
         if self.under_way is not None:
             lines.append(f"an update with '{self.under_way}' broke off: give its command again to go on with it")
         return "\n".join(lines)
@@ -64,6 +68,7 @@ def status_of(folder: Folder) -> Status:
     now: tuple[Manifest, Report] | None = None if live is None else (folder.manifest(live), folder.report(live))
     newest = None if last is None else (folder.manifest(last), folder.report(last))
     scores = [one.score for one in now[1].measured if not one.probe and one.score is not None] if now else []
+    latest = next((one for one in reversed(folder.journal.read()) if one.event in ("made", "stopped")), None)
     return Status(
         store=str(folder.path),
         model=str(settings.model.get("name", settings.model.get("class", settings.model["kind"]))),
@@ -80,6 +85,7 @@ def status_of(folder: Folder) -> Status:
         drift=tuple(found.sentence for found in newest[1].drift.found) if newest else (),
         bytes=sum(piece.bytes for piece in now[0].pieces.values()) if now else 0,
         erased=len(folder.erased()),
+        stopped=latest.sentence if latest is not None and latest.event == "stopped" else None,
         under_way=folder.under_way(),
     )
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import secrets
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import NonNegativeInt
 from torch import Tensor
 
-from continual.errors import SpecError, StateError, StreamError
+from continual.errors import SpecError, StateError, StreamError, shown
 from continual.learner import Learner
 from continual.learner.trust import check_trusted, wishes
 from continual.models.build import base_on_disk, gives_features, module_class
@@ -25,12 +24,12 @@ from continual.refresh.card import Card
 from continual.refresh.erasure import Erasure, erase
 from continual.refresh.export import export_model
 from continual.refresh.folder import Columns, Folder, Settings, make_folder
-from continual.refresh.intake import read_rows, row_ids
-from continual.refresh.journal import Entry
+from continual.refresh.intake import read_rows, row_ids, salt_of
+from continual.refresh.journal import GOES_LIVE, Entry
 from continual.refresh.page import Event, render_page
 from continual.refresh.records import Manifest, Outcome, Report
 from continual.refresh.restored import restored
-from continual.refresh.rules import Rules
+from continual.refresh.rules import Rules, explained
 from continual.refresh.status import Status, compare, status_of
 from continual.refresh.update import Options, Update
 from continual.refresh.verify import verify
@@ -46,34 +45,18 @@ class Store:
     Args:
         path: of a store that :meth:`create` or ``continual store init`` made.
         trust: references ``package.module:Class`` and folders that the store may use, and the program, the web hook and the file
-            outside it that its rules may tell; a folder never decides by itself what is run.
+            outside it that its rules may tell; a folder never decides by itself what is run. What needs one (:meth:`update`,
+            :meth:`learner`, :meth:`predict`, :meth:`erase`, :meth:`export`) raises :class:`StateError` without.
 
     Raises:
-        StateError: there is no store, or it asks for something that is not trusted.
+        StateError: there is no store, or it is damaged.
     """
 
     def __init__(self, path: Path | str, *, trust: Iterable[str] = ()) -> None:
         self.folder = Folder(Path(path))
         self.path = self.folder.path
         self.trust = tuple(trust)
-        self._check_trust()
-
-    @classmethod
-    def unused(cls, path: Path | str) -> Store:
-        """A store whose model is not used: what it asks to be run needs no trust, and nothing of it is run.
-
-        There it is looked at, rolled back, promoted; what would use the model is refused as without trust.
-        """
-        store = cls.__new__(cls)
-        store.folder, store.trust = Folder(Path(path)), ()
-        store.path = store.folder.path
-        _ = store.folder.settings
-        return store
-
-    def _check_trust(self) -> None:
-        settings = self.folder.settings
-        asked = wishes([settings.strategy, settings.model]) - set(self.trust)
-        check_trusted(self.path, asked, "--trust NAME, or Store(folder, trust={names})")
+        self.folder.settings  # noqa: B018 — read now, so that a damaged store is found at once
 
     @classmethod
     def create(
@@ -131,7 +114,7 @@ class Store:
             scenario=asked.scenario,
             objective=asked.objective,
             columns=named,
-            salt=secrets.token_hex(16),
+            salt=salt_of(seed),
         )
         make_folder(Path(path), settings, _rule_text(rules, checked))
         return cls(path, trust=wishes([settings.strategy, settings.model]) | asked_by(checked, Path(path)))
@@ -197,7 +180,7 @@ class Store:
             version=number,
             created=manifest.created,
             data=line,
-            base_model=str(settings.model.get("name", settings.model["kind"])),
+            base_model=settings.model.get("name"),
             base_sha256=manifest.base_model_sha256,
             strategy=settings.strategy_name,
             summary=str(settings.strategy.get("summary", "")),
@@ -251,6 +234,20 @@ class Store:
         deaf = tell(outcome, rules.alerts, self.path, live)
         return outcome.model_copy(update={"notes": (*outcome.notes, *deaf)})
 
+    def abandon(self) -> str:
+        """Give up an update that broke off, with what it had reached; returns a sentence. Versions that it made stay."""
+        with self.folder.writing("abandon"):
+            if not self.folder.work.is_dir():
+                return "no update is under way: nothing was done."
+            try:
+                rows = shown(self.folder.under_way() or "rows")
+            except StateError:
+                rows = "rows whose name is damaged"
+            sentence = f"the update with {rows} was given up"
+            self.folder.journal.append("abandoned", sentence=sentence)
+            shutil.rmtree(self.folder.work, ignore_errors=True)
+            return f"{sentence}."
+
     def promote(self, version: int) -> str:
         """Make a version live that the gate held back, or an earlier one; returns a sentence."""
         with self.folder.writing("promote"):
@@ -263,11 +260,14 @@ class Store:
             return f"{sentence}."
 
     def rollback(self, version: int | None = None) -> str:
-        """Make an earlier version live; returns a sentence.
+        """Make a version live that was live before; returns a sentence.
 
         Args:
             version: None takes the one that the live version was trained on from; where that broke off, the same call finishes it
                 and goes no further back.
+
+        Raises:
+            StateError: there is no such version, it was never live, or its bytes are not what was written.
         """
         with self.folder.writing("rollback") as finished:
             if version is None and finished is not None and finished.event == "rolled back":
@@ -280,6 +280,12 @@ class Store:
                 raise StateError(f"version {live} is the first: there is none before it to roll back to.")
             if target == live:
                 return f"version {live} is live already: nothing was done."
+            self.folder.manifest(target)
+            if all(entry.version != target for entry in self.history() if entry.event in GOES_LIVE):
+                raise StateError(
+                    f"version {target} was never live, so nothing can be rolled back to it: `continual store promote {self.path} "
+                    f"{target}` makes it live."
+                )
             self._check_loadable(target)
             sentence = f"rolled back from version {live} to {target}"
             self.folder.go_live(target, "rolled back", sentence)
@@ -338,6 +344,11 @@ class Store:
             raise StateError(f"'{self.path}' has no live version yet: give it rows with `continual store update`.")
         return live
 
+    def _check_trust(self) -> None:
+        settings = self.folder.settings
+        asked = wishes([settings.strategy, settings.model]) - set(self.trust)
+        check_trusted(self.path, asked, "--trust NAME, or Store(folder, trust={names})")
+
     def _check_loadable(self, version: int) -> None:
         for name, piece in self.folder.manifest(version).pieces.items():
             if name != "report":
@@ -380,4 +391,4 @@ def _rule_text(rules: Any, checked: Rules) -> str:
     """What ``rules.yaml`` says: the file as it was given, comments and all, or every rule."""
     if isinstance(rules, str | Path):
         return Path(rules).read_text(encoding="utf-8")
-    return yaml.safe_dump(checked.model_dump(mode="json"), sort_keys=False)
+    return explained(checked)

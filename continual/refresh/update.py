@@ -7,17 +7,20 @@ the learner's checkpoint. A version is added before the gate's answer is acted o
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
-from continual.errors import ContinualError, ModelError, StateError, shown
+from continual.errors import ContinualError, ModelError, StateError, StreamError, shown
 from continual.learner import Learner
 from continual.models.build import base_on_disk
 from continual.monitor.evaluation import evaluating
@@ -46,7 +49,7 @@ from continual.refresh.records import (
     record_text,
 )
 from continual.refresh.restored import restored, whole
-from continual.refresh.rules import Happened, Rules
+from continual.refresh.rules import GateRules, Happened, Rules
 from continual.refresh.wording import word_pieces
 from continual.spec import parse
 from continual.state import recover_folder
@@ -126,8 +129,19 @@ class Update:
         limit = holdout_rows(rules, 0 if parent is None else len(parent.experience_names))
         name = self._name(parent) if request is None else request.experience
         early = self.strategy.training.early_stopping is not None
-        divided = divide(offered, rules.holdout, most=limit, valid=early)
-        offered = replace(offered, notes=(*offered.notes, *divided.notes))
+        least = rows_to_pass(rules.gate)
+        divided = divide(offered, rules.holdout, least=least, most=limit, valid=early)
+        if divided.holdout is None and (parent is None or parent.monitor is None or not parent.monitor.tables()):
+            raise StreamError(
+                f"no row of '{offered.path}' can be held out to measure on, since every class trains on one at least, and no "
+                "earlier rows are there to measure on: begin with more of them, two rows of a class at least."
+            )
+        held = _count(divided.holdout)
+        few = (
+            f"the hold-out of '{name}' has {held} rows, and the gate needs {least} to let a later update pass even where nothing "
+            "changes: give more rows at a time, or change holdout.share, gate.max_drop or gate.unsure in rules.yaml."
+        )
+        offered = replace(offered, notes=(*offered.notes, *divided.notes, *([few] if held < least else [])))
         experience = self._experience(divided, name, parent)
         if request is None:
             started = time.perf_counter()
@@ -155,7 +169,7 @@ class Update:
             made = self._made(request, attempt)
             version = self._try(request, rules, experience, offered, data, attempt, changed) if made is None else made
             manifest = self.folder.manifest(version)
-            goes = manifest.answer == "pass" or (manifest.answer == "cannot tell" and rules.gate.unsure == "promote")
+            goes = _goes_live(manifest, rules)
             late = rules.ladder.minutes is not None and time.perf_counter() - self.begun > 60 * rules.ladder.minutes
             if goes or late or attempt == len(attempts) - 1:
                 break
@@ -190,7 +204,9 @@ class Update:
                 f"'{path}', which tells of an update that broke off, is damaged: add --abandon to give it up."
             ) from error
         tries = [number for number in self.folder.numbers() if number >= request.first]
-        over = len(tries) > len(_rules_of(request).ladder.settings)
+        rules = _rules_of(request)
+        waits = bool(tries) and _goes_live(self.folder.manifest(tries[-1]), rules)
+        over = len(tries) > len(rules.ladder.settings) and not waits
         if self.live in tries or (over and request.fingerprint != self.offered.fingerprint):
             self._done()
             return None
@@ -217,7 +233,7 @@ class Update:
                 name = self.folder.manifest(entry.version).experience
                 sentence = (
                     f"these rows were offered before, and version {entry.version} is not live ({entry.sentence}): promote it, or "
-                    "add --again to train anew."
+                    "change rules.yaml and add --again to train anew."
                 )
                 return self._outcome(
                     "failed" if entry.answer == "fail" else "cannot tell", entry.version, name, sentence
@@ -334,7 +350,7 @@ class Update:
         if learner.updates == experience.index:
             monitor.thin(holdout_rows(rules, experience.index))
             try:
-                learner.update(experience)
+                learner.update(experience, tree=False)
             except StateError:
                 raise
             except ContinualError:
@@ -344,6 +360,10 @@ class Update:
         slower = None if rules.gate.slower is None or self.live is None else self._in_turns(learner)
         judgement = judge(monitor, rules.gate, new=experience.name, slower=slower, size=sum(sizes.values()))
         measured = measured_in(monitor)
+        own = next((one for one in measured if one.name == experience.name and one.score is not None), None)
+        if own is not None and own.name not in judgement.sentence:
+            itself = f" '{own.name}' itself: {PRIMARY[learner.objective]} {own.score:.3f} on {own.rows} held-out rows."
+            judgement = judgement.model_copy(update={"sentence": judgement.sentence + itself})
         monitor.trim()
         pieces = split(learner.state()) | {"form": {"form": offered.form}}
         written = {name: self.folder.objects.put(piece) for name, piece in pieces.items()}
@@ -481,6 +501,17 @@ class Update:
 
 def _rules_of(request: Request) -> Rules:
     return parse(Rules, request.rules, f"the rules of the update with '{request.path}' that broke off")
+
+
+def _goes_live(manifest: Manifest, rules: Rules) -> bool:
+    """Whether the gate lets a version go live, or the rules let through what it could not tell."""
+    return manifest.answer == "pass" or (manifest.answer == "cannot tell" and rules.gate.unsure == "promote")
+
+
+def rows_to_pass(rules: GateRules) -> int:
+    """Rows of a test set with which the gate passes where no row has changed: Tango's bound of a drop of 0, z² / (z² + N)."""
+    z, margin = NormalDist().inv_cdf(rules.confidence), min(rules.max_drop, 1.0)
+    return math.floor(z * z * (1 - margin) / margin) + 1 if margin else sys.maxsize
 
 
 def holdout_rows(rules: Rules, experiences: int) -> int:

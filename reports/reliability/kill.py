@@ -1,8 +1,9 @@
 """A store whose every command is killed at a random moment, beside a twin that was never killed.
 
-Each command (update, rollback, promote, erase) runs in a process of its own, which gets SIGKILL either at a random time or at
-a random durable write (fsync, rename, truncation). After each kill: `verify` finds nothing wrong, the live version loads, no
-version is lost; then the same command is given again and completes, and the live version has the same bytes as the twin's.
+Each command (update, rollback, promote, erase) runs in a process of its own, which gets SIGKILL at a random time, at a random
+durable write (fsync, rename, truncation), or at a random moment of training or evaluation. After each kill `verify` finds nothing
+wrong, the live version loads, and no version is lost; then the same command is given again and completes, and the live version has
+the same bytes as the twin's.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from continual.refresh.folder import Folder
 from continual.refresh.objects import Objects
 
 FEATURES = 8
-RULES = {"gate": {"max_drop": 0.9, "unsure": "promote"}, "holdout": {"share": 0.25}, "save_every": 3}
+RULES = {"gate": {"max_drop": 0.9, "unsure": "promote"}, "holdout": {"share": 0.25}, "save_every": 8}
 STRATEGY = {
     "replay": {"kind": "rehearsal", "select": "class-balanced", "capacity": 120, "share": 0.5},
-    "training": {"optimizer": "adam", "lr": 0.01, "epochs": 2, "batch_size": 8},
+    "training": {"optimizer": "adam", "lr": 0.01, "epochs": 6, "batch_size": 8},
 }
 STAGES = ("begin", "training", "evaluation", "saving", "promoting", "erasing")
 Command = tuple[str, Any]
@@ -132,10 +133,21 @@ def child(place: Path, command: Command, limit: int | None, count: Any, stage: A
 
 def start(place: Path, command: Command, limit: int | None = None) -> tuple[Any, Any, Any]:
     fork = multiprocessing.get_context("fork")
-    count, stage = fork.Value("i", 0), fork.Value("i", 0)
+    count, stage = fork.Value("i", 0, lock=False), fork.Value("i", 0, lock=False)
     process = fork.Process(target=child, args=(place, command, limit, count, stage))
     process.start()
     return process, count, stage
+
+
+def kill_in(process: Any, stage: Any, name: str, delay: float) -> None:
+    """Kill the process so many seconds after it is first seen in a stage."""
+    wanted = STAGES.index(name)
+    while process.is_alive():
+        if stage.value == wanted:
+            time.sleep(delay)
+            os.kill(process.pid, signal.SIGKILL)
+            return
+        time.sleep(0.0005)
 
 
 def live_bytes(place: Path) -> dict[str, str]:
@@ -167,13 +179,15 @@ def main() -> None:
                 raise RuntimeError(f"the twin failed at command {number}: {command}")
             seconds = time.perf_counter() - started
             known = Store(cut).versions()
-            mode = draw.choice(("time", "write"))
+            mode = draw.choice(("time", "write", "stage")) if command[0] == "update" else draw.choice(("time", "write"))
             limit = draw.randrange(max(count.value, 1)) if mode == "write" else None
             process, _, stage = start(cut, command, limit)
             if mode == "time":
                 time.sleep(draw.uniform(0, seconds))
                 if process.is_alive():
                     os.kill(process.pid, signal.SIGKILL)
+            if mode == "stage":
+                kill_in(process, stage, draw.choice(("training", "evaluation")), draw.uniform(0, 0.004))
             process.join()
             if process.exitcode == -signal.SIGKILL:
                 stages[STAGES[stage.value]] += 1

@@ -56,9 +56,10 @@ def columns(found: Rows) -> dict[str, Any]:
 
 def quick_store(place: Path, months: int, **changes: Any) -> Store:
     """A store of a tiny network after so many updates, each of one epoch."""
-    (place / "rules.yaml").write_text(yaml.safe_dump(RULES), encoding="utf-8")
-    store = small_store(place, **{"strategy": QUICK, "rules": place / "rules.yaml", "columns": COLUMNS, **changes})
-    (place / "rules.yaml").unlink()
+    rules = place.parent / f"rules-of-{place.name}.yaml"
+    rules.write_text(yaml.safe_dump(RULES), encoding="utf-8")
+    store = small_store(place, **{"strategy": QUICK, "rules": rules, "columns": COLUMNS, **changes})
+    rules.unlink()
     for month in range(months):
         (place / "rows.jsonl").write_text(lines(rows(month)), encoding="utf-8")
         store.update(place / "rows.jsonl", name=f"month-{month}", device="cpu", progress=False)

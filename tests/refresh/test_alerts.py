@@ -175,7 +175,9 @@ def test_a_web_hook_that_does_not_answer_is_left(server: Server, tmp_path: Path,
 
 @pytest.mark.parametrize("happened", ["promoted", "failed", "cannot tell", "stopped", "known"])
 def test_who_hears_of_what(tmp_path: Path, happened: Any) -> None:
-    rules = AlertRules(command=python("open('told', 'w')"), prometheus="out/continual.prom", on=("failed", "stopped"))
+    rules = AlertRules(
+        command=python("open('told', 'w')"), prometheus="out/continual.prom", outcomes=("failed", "stopped")
+    )
     assert tell(outcome(happened=happened), rules, tmp_path) == []
     assert (tmp_path / "told").exists() == (happened in ("failed", "stopped"))
     assert (tmp_path / "out/continual.prom").exists() == (happened != "known")

@@ -10,6 +10,8 @@ import yaml
 from store_bench import LOOSE, STRATEGY, month
 from test_cli import Done, continual
 
+from continual.refresh.rules import Rules, explained
+
 FEATURES = ["--feature", "a", "--feature", "b", "--feature", "c", "--id", "id"]
 
 
@@ -58,12 +60,12 @@ def test_a_store_from_init_to_export(tmp_path: Path) -> None:
     events = [line.split()[1] for line in continual("store", "history", "store", cwd=tmp_path).stdout.splitlines()]
     assert events == ["created", *["made", "promoted"] * 3, "rolled", "promoted"]
 
-    (tmp_path / "ids.txt").write_text("m1-3\nm1-4\n", encoding="utf-8")
+    (tmp_path / "ids.txt").write_text("m1-3\nm1-4\n", encoding="utf-8-sig")  # as Windows writes it
     done = continual("store", "erase", "store", "--rows", "ids.txt", cwd=tmp_path)
     assert done.returncode == 0 and "2 of 2 rows were erased" in done.stdout and "rollback store 1" in done.stdout
     assert continual("store", "verify", "store", cwd=tmp_path).returncode == 0
     done = continual("store", "export", "store", "--to", "plain", cwd=tmp_path)
-    assert done.returncode == 0 and (tmp_path / "plain" / "README.md").is_file(), done.stderr
+    assert done.returncode == 0 and "base_model" not in (tmp_path / "plain" / "README.md").read_text(), done.stderr
 
 
 def test_the_exit_status_says_what_the_gate_said(tmp_path: Path) -> None:
@@ -83,7 +85,12 @@ def test_rows_that_differ_stop_an_update_where_the_rules_say_so(tmp_path: Path) 
     done = update(tmp_path, 1)
     assert done.returncode == 3 and "was not learnt" in done.stdout and "class 2" in done.stdout
     assert "stopped" in continual("store", "history", "store", cwd=tmp_path).stdout
-    assert continual("store", "status", "store", cwd=tmp_path).stdout.startswith("store: mlp with 'small', 1 versions")
+    status = continual("store", "status", "store", cwd=tmp_path).stdout
+    assert status.startswith("store: mlp with 'small', 1 versions")
+    assert "the last update was stopped: 'month-1' was not learnt" in status
+    (tmp_path / "store" / "rules.yaml").write_text("gate: {max_drop: 0.9, unsure: promote}\n", encoding="utf-8")
+    assert update(tmp_path, 1).returncode == 0
+    assert "was stopped" not in continual("store", "status", "store", cwd=tmp_path).stdout
 
 
 @pytest.mark.parametrize("phrase", ["max drop 0.02 at 95%", "max drop 2%", "max drop .5"])
@@ -92,3 +99,23 @@ def test_a_gate_in_words(phrase: str, tmp_path: Path) -> None:
     kept = yaml.safe_load((tmp_path / "store" / "rules.yaml").read_text(encoding="utf-8"))["gate"]
     assert kept["max_drop"] == (0.5 if "5" in phrase.split()[2] and "0.02" not in phrase else 0.02)
     assert kept["confidence"] == 0.95
+
+
+def test_rules_are_checked_before_they_are_used(tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(
+        "gate: {max_drop: 0.1}\nalerts: {webhook: 'https://x.org/'}\n", encoding="utf-8"
+    )
+    assert "every key is known" in continual("check", "rules.yaml", cwd=tmp_path).stdout
+    (tmp_path / "rules.yaml").write_text("gate: {max_dro: 0.1}\n", encoding="utf-8")
+    done = continual("check", "rules.yaml", cwd=tmp_path)
+    assert done.returncode == 1 and "Did you mean 'max_drop'?" in done.stderr
+    assert "max_drop_since_learnt" in continual("check", "--schema", "rules").stdout
+
+
+def test_the_rules_that_init_writes_are_explained_and_read_back() -> None:
+    rules = Rules.model_validate({"gate": {"max_drop": 0.05}, "ladder": {"settings": [{"training.lr": 1e-4}]}})
+    for given in (Rules(), rules):
+        text = explained(given)
+        assert Rules.model_validate(yaml.safe_load(text)) == given
+        keys = [line for line in text.splitlines() if ":" in line and not line.strip().startswith("#")]
+        assert len(keys) == 31 and text.count("# ") >= 30 and "``" not in text

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
-from store_bench import COLUMNS, LOOSE, STRATEGY, bytes_of, grown, month, small_store
+from store_bench import COLUMNS, LOOSE, SALT, STRATEGY, bytes_of, grown, month, small_store
 
 from continual import Learner
 from continual.errors import CompositionError, ContinualError, SpecError, StateError, StreamError
 from continual.refresh import Rules, Store
-from continual.refresh.folder import make_folder
-from continual.refresh.intake import read_rows
+from continual.refresh.folder import Folder, make_folder
+from continual.refresh.intake import divide, read_rows
 from continual.refresh.update import Update, holdout_rows
+from continual.streams.content import row_keys
 
 
 def test_updates_become_versions_and_earlier_classes_are_still_known(tmp_path: Path) -> None:
@@ -80,6 +83,19 @@ def test_a_refused_version_stays_and_is_not_live(tmp_path: Path) -> None:
     assert "made live by hand" in store.promote(2) and store.live == 2
     assert "version 2 to 1" in store.rollback() and store.live == 1
     assert [entry.event for entry in store.history()][-2:] == ["promoted", "rolled back"]
+
+
+def test_a_version_that_was_never_live_is_promoted_and_not_rolled_back_to(tmp_path: Path) -> None:
+    store = grown(tmp_path, 2)
+    (store.path / "rules.yaml").write_text("gate: {new_floor: 1.5}\n", encoding="utf-8")
+    assert store.update(month(tmp_path, 2), device="cpu", progress=False).happened == "failed"
+    with pytest.raises(StateError, match=r"version 3 was never live.*promote .* 3`"):
+        store.rollback(3)
+    with pytest.raises(StateError, match="has no version 9"):
+        store.rollback(9)
+    assert store.live == 2 and "to 1" in store.rollback(1) and "to 2" in store.rollback(2)
+    store.promote(3)
+    assert "from version 3 to 2" in store.rollback()
 
 
 def test_what_the_rows_cannot_tell_is_held_back_or_let_through_as_the_rules_say(tmp_path: Path) -> None:
@@ -213,6 +229,34 @@ def test_an_update_that_broke_off_is_not_lost_to_another_one(tmp_path: Path, mon
     assert "abandoned" in [entry.event for entry in store.history()]
 
 
+def test_a_version_that_passed_and_was_not_yet_live_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = grown(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "go_live", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.update(month(tmp_path, 1), device="cpu", progress=False)
+    assert store.versions() == [1, 2] and store.live == 1 and store.manifest(2).answer == "pass"
+    with pytest.raises(StateError, match=r"month-1.*broke off with other rows"):
+        store.update(month(tmp_path, 2), device="cpu", progress=False)
+    assert store.update(month(tmp_path, 1), device="cpu", progress=False).live == 2 and store.versions() == [1, 2]
+    assert store.update(month(tmp_path, 2), device="cpu", progress=False).live == 3
+    assert [one.name for one in store.report().measured] == ["month-0", "month-1", "month-2"]
+
+
+def test_an_update_is_given_up_without_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = grown(tmp_path, 1)
+    assert "nothing was done" in store.abandon()
+    with monkeypatch.context() as patch:
+        patch.setattr(Update, "_try", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.update(month(tmp_path, 1), device="cpu", progress=False)
+    (tmp_path / "month-1.jsonl").unlink()
+    assert "month-1.jsonl' was given up" in store.abandon() and store.history()[-1].event == "abandoned"
+    assert not store.folder.work.exists() and store.erase(["m0-1"]).known == 1
+
+
 def test_hold_outs_fit_their_budget_whatever_the_number_of_experiences(tmp_path: Path) -> None:
     rules = Rules.model_validate({"holdout": {"rows": 100, "total": 1000}})
     assert [holdout_rows(rules, before) for before in (0, 9, 10, 19, 20, 5000)] == [100, 100, 50, 50, 25, 1]
@@ -250,6 +294,60 @@ def test_rows_are_erased_from_every_version_and_every_byte(tmp_path: Path) -> No
         store.update(month(tmp_path, 0), device="cpu", progress=False, again=True, name="again")
     assert "6 rows were erased" in str(store.status())
     assert store.update(month(tmp_path, 3), device="cpu", progress=False).happened == "promoted"
+
+
+def test_an_erasure_that_was_killed_before_it_removed_the_bytes_is_finished_by_the_next_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = grown(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "sweep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.erase([f"m0-{row}" for row in range(8)])
+    last = store.history()[-1]
+    assert last.event == "erased" and "the weights of versions 1, 2 were trained on them" in last.sentence
+
+    def unused() -> set[str]:
+        used = {piece.sha256 for version in store.versions() for piece in store.manifest(version).pieces.values()}
+        return {path.parent.name + path.name for path in (store.path / "objects").glob("*/*")} - used
+
+    assert unused()
+    store.promote(2)
+    assert not unused() and store.verify() == []
+
+
+def test_an_erasure_names_the_commands_that_train_anew_as_they_were_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_store(tmp_path).path.rename(tmp_path / "s")
+    monkeypatch.chdir(tmp_path)
+    store = Store("s")
+    for number, name in enumerate(("seas", "its")):
+        month(Path(), number).rename(f"{name}.jsonl")
+        store.update(f"{name}.jsonl", device="cpu", progress=False, name="so few" if number else None)
+    lines = [json.loads(line) for line in month(tmp_path, 2).read_text(encoding="utf-8").splitlines()]
+    columns = {key: [line[key] for line in lines] for key in ("id", "label", *"abc")}
+    store.update(datasets.Dataset.from_dict(columns), device="cpu", progress=False, name="by hand")
+    python = "# 'by hand' came from Python: give the store its rows again, update(rows, name='by hand', again=True)"
+    assert store.erase(["m1-1", "m1-2"]).commands == (
+        "continual store rollback s 1",
+        "continual store update s its.jsonl --name 'so few' --again",
+        python,
+    )
+    assert store.erase(["m0-1", "m0-2"]).commands[1:] == (
+        "continual store update NEW-STORE seas.jsonl",
+        "continual store update NEW-STORE its.jsonl --name 'so few'",
+        python,
+    )
+
+
+def test_ids_of_a_csv_file_are_taken_as_they_stand(tmp_path: Path) -> None:
+    store = small_store(tmp_path)
+    lines = [json.loads(line) for line in month(tmp_path, 0).read_text(encoding="utf-8").splitlines()]
+    cells = [f"{n:05d},{line['label']},{line['a']},{line['b']},{line['c']}" for n, line in enumerate(lines)]
+    (tmp_path / "rows.csv").write_text("\n".join(["id,label,a,b,c", *cells]), encoding="utf-8")
+    store.update(tmp_path / "rows.csv", device="cpu", progress=False)
+    assert store.erase(["00003", "00011"]).known == 2 and store.erase(["4"]).known == 0
 
 
 def test_rows_without_ids_are_erased_by_themselves(tmp_path: Path) -> None:
@@ -305,9 +403,105 @@ def test_a_folder_does_not_decide_which_code_is_run(tmp_path: Path) -> None:
     settings = small_store(tmp_path).folder.settings
     strategy = {**settings.strategy, "penalty": {"kind": "evil.module:Part"}}
     make_folder(tmp_path / "stranger", settings.model_copy(update={"strategy": strategy}), "{}\n")
-    with pytest.raises(StateError, match=r"asks to use 'evil.module:Part'"):
-        Store(tmp_path / "stranger")
-    Store(tmp_path / "stranger", trust=["evil.module:Part"])
+    store = Store(tmp_path / "stranger")
+    rows = month(tmp_path, 0)
+    for use in (store.update, store.erase_rows):
+        with pytest.raises(StateError, match=r"asks to use 'evil.module:Part'.*--trust NAME"):
+            use(rows)
+    assert not (store.path / ".lock").exists()
+
+
+def test_a_store_of_ones_own_code_is_looked_at_without_naming_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+        import torch
+
+        class Net(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = torch.nn.Linear(3, 4)
+
+            def forward(self, inputs):
+                return self.linear(inputs)
+        """
+    (tmp_path / "own_net.py").write_text(textwrap.dedent(code), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    plain = {"name": "plain", "training": STRATEGY["training"]}
+    made = small_store(tmp_path, model="own_net:Net", strategy=plain)
+    for number in range(2):
+        made.update(month(tmp_path, number), device="cpu", progress=False)
+    store = Store(made.path)
+    assert store.status().live == 2 and len(store.history()) == 5 and store.verify() == []
+    assert "version 1" in store.compare(1) and "to 1" in store.rollback() and "made live" in store.promote(2)
+    for use in (store.learner, lambda: store.predict([[0.0] * 3]), lambda: store.export(tmp_path / "out")):
+        with pytest.raises(StateError, match="asks to use 'own_net:Net'"):
+            use()
+    assert Store(made.path, trust=["own_net:Net"]).learner(device="cpu").updates == 2
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ["penalty: {kind: evil_module:Part}", "replay.kind: evil_module:Part", "replay: {kind: evil_module:Part}"],
+)
+def test_a_rule_file_does_not_decide_which_code_is_run(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    store = grown(tmp_path, 1)
+    rules = f"gate: {{new_floor: 1.5}}\nladder: {{settings: [{{{changed}}}]}}\n"
+    (store.path / "rules.yaml").write_text(rules, encoding="utf-8")
+    with pytest.raises(StateError, match=r"the rules .* ask to use 'evil_module:Part'.*--trust"):
+        store.update(month(tmp_path, 1), device="cpu", progress=False)
+    assert store.versions() == [1] and not (tmp_path / "ran").exists() and not (store.path / "work").exists()
+
+
+@pytest.mark.parametrize("changed", [{"replay.kind": "dark"}, {"data": "cumulative"}, {"training.rate": 1}])
+def test_a_ladder_that_cannot_be_climbed_is_refused_before_anything_is_trained(
+    changed: dict[str, Any], tmp_path: Path
+) -> None:
+    rules: dict[str, Any] = {"gate": {"new_floor": 1.5}, "ladder": {"settings": [changed]}}
+    with pytest.raises(SpecError):
+        small_store(tmp_path, rules=rules)
+    store = grown(tmp_path, 1)
+    (store.path / "rules.yaml").write_text(json.dumps(rules), encoding="utf-8")
+    with pytest.raises(SpecError):
+        store.update(month(tmp_path, 1), device="cpu", progress=False)
+    assert store.versions() == [1] and not (store.path / "work").exists()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_content_with_two_labels_is_never_on_both_sides(seed: int, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in month(tmp_path, seed, classes=("a", "b")).read_text().splitlines()]
+    lines += [{**line, "id": f"other-{n}", "label": f"rare {n}"} for n, line in enumerate(lines[:16])]
+    store = small_store(tmp_path)
+    path = tmp_path / "two-labels.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    offered = read_rows(path, store.folder.settings.columns, "classification", SALT)
+    divided = divide(offered, Rules().holdout, least=0, most=500, valid=True)
+    assert divided.holdout is not None and divided.valid is not None
+    assert not set(row_keys(divided.train)) & set(row_keys(divided.holdout))
+    assert not set(row_keys(divided.valid)) & set(row_keys(divided.holdout))
+    assert set(offered.names) == set(divided.train.strings("labels"))
+    assert store.update(path, device="cpu", progress=False).happened == "promoted"
+
+
+def test_a_first_update_without_a_hold_out_is_refused_and_a_later_one_is_not(tmp_path: Path) -> None:
+    store = small_store(tmp_path)
+    few = month(tmp_path, 0, rows=2)
+    with pytest.raises(StreamError, match="two rows of a class"):
+        store.update(few, device="cpu", progress=False)
+    assert store.versions() == [] and not (store.path / "work").exists()
+    store.update(month(tmp_path, 1), device="cpu", progress=False)
+    assert store.update(month(tmp_path, 0, rows=2), device="cpu", progress=False).live == 2
+    assert [one.name for one in store.report().measured] == ["month-1"]
+    store.erase([f"m1-{row}" for row in range(40)])
+    outcome = store.update(month(tmp_path, 2), device="cpu", progress=False)
+    assert [(one.rows > 0, one.learnt is None) for one in store.report(outcome.version).measured] == [
+        (False, True),
+        (True, False),
+    ]
 
 
 def test_rows_with_the_content_of_a_hold_out_row_are_not_trained_on(tmp_path: Path) -> None:
