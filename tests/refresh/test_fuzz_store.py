@@ -244,7 +244,7 @@ def used_in_every_way(path: Path) -> list[str]:
 # Rows
 
 
-@pytest.mark.filterwarnings(  # pandas 3.0 leaves a CSV file open that it cannot parse (November 2026)
+@pytest.mark.filterwarnings(  # pandas 3.1 leaves a CSV file open that it cannot parse (November 2026)
     "ignore:.*unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
 @quickly(60)
@@ -271,7 +271,7 @@ NEAR = st.lists(
 )
 
 
-@quickly(40)
+@quickly(30)
 @given(found=st.lists(ROW, min_size=1, max_size=5) | NEAR)
 def test_any_rows(found: list[Any], grown: Path, store: Callable[[], Path]) -> None:
     """Rows of anything, and sound ones of which some values are others."""
@@ -324,7 +324,7 @@ FILES = ["store.json", "journal.jsonl", "CURRENT", "erased.json", "rules.yaml", 
 PIECES = ["learner", "clock", "form", "tests/0000", "ledger/0001"]
 
 
-@quickly(80)
+@quickly(50)
 @given(data=st.data())
 def test_any_change_of_a_file_is_named(data: st.DataObject, store: Callable[[], Path]) -> None:
     path = store()
@@ -348,7 +348,7 @@ def test_any_change_of_a_file_is_named(data: st.DataObject, store: Callable[[], 
         used_in_every_way(path)
 
 
-@quickly(60)
+@quickly(45)
 @given(data=st.data())
 def test_any_record_that_a_stranger_wrote(data: st.DataObject, store: Callable[[], Path]) -> None:
     """A chain that holds, around records that nobody would write."""
@@ -430,7 +430,7 @@ def test_objects_that_a_stranger_wrote(name: str, store: Callable[[], Path]) -> 
             assert text, piece
 
 
-@quickly(60)
+@quickly(45)
 @given(data=st.data())
 def test_any_state_that_a_stranger_wrote(data: st.DataObject, grown: Path, store: Callable[[], Path]) -> None:
     path = store()

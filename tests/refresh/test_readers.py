@@ -128,7 +128,8 @@ def read_state(store: Store) -> None:
 def read_history(store: Store) -> None:
     numbers = [entry.number for entry in store.history()]
     assert numbers == list(range(len(numbers))) and len(numbers) >= 7
-    assert "version 1" in store.compare(1) and torch.equal(store.folder.erased(), store.folder.erased().unique())
+    erased = store.folder.erased()
+    assert "version 1" in store.compare(1) and torch.equal(erased, erased.unique())
 
 
 READS: list[Callable[[Store], None]] = [read_status, read_manifest, read_report, read_state, read_history]
@@ -138,7 +139,6 @@ import sys, json, torch
 from continual import Store
 torch.set_num_threads(1)
 store, rows = Store(sys.argv[1]), torch.tensor(json.loads(sys.argv[2]))
-print("ready", flush=True)
 while True:
     live = store.live
     learner = store.learner(live, device="cpu")
@@ -199,21 +199,20 @@ def test_fifty_readers_while_everything_is_written(grown: Path, tmp_path: Path) 
     path = copied(grown, tmp_path / "read")
     command = [sys.executable, "-c", PREDICTS, str(path), json.dumps(ROWS.tolist())]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as predicts:
-        assert predicts.stdout is not None and predicts.stderr is not None
+    out = tmp_path / "predicted.jsonl"
+    with (
+        out.open("w") as told,
+        subprocess.Popen(command, stdout=told, stderr=subprocess.STDOUT, env=environment) as predicts,
+    ):
         try:
-            assert predicts.stdout.readline() == "ready\n", predicts.stderr.read()
-            first = predicts.stdout.readline()
+            while not out.stat().st_size and predicts.poll() is None:
+                time.sleep(0.05)
             with readers(path) as wrong:
                 write_everything(Store(path))
-            assert wrong == []
+            assert wrong == [] and predicts.poll() is None, out.read_text(encoding="utf-8")
         finally:
             predicts.kill()
-        lines = [first, *predicts.stdout.read().splitlines()[:-1]]
-        assert predicts.stderr.read() == ""
-    seen = [json.loads(line) for line in lines]
+    seen = [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n")[:-1]]
     for live, updates, scores in seen:
         assert live == updates and torch.equal(torch.tensor(scores), known[live])
     assert len({live for live, _, _ in seen}) > 1
