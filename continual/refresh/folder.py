@@ -465,6 +465,19 @@ class Folder:
                 "give the same command again."
             ) from error
 
+    def abandon(self) -> str | None:
+        """Give up an update that broke off, with what it had reached; returns a sentence, None where there is none."""
+        if not self.work.is_dir():
+            return None
+        try:
+            what = f"the update with '{self.under_way()}'"
+        except StateError:
+            what = "an update of which nothing could be read"
+        self.journal.append("abandoned", sentence=f"{what} was given up")
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.tidy()
+        return f"{what} was given up"
+
     def _settle(self, entries: list[Entry]) -> None:
         """Put what is staged and was promised in its place, and remove what was not."""
         with self._on_disk():

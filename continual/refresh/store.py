@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from pydantic import NonNegativeInt
 from torch import Tensor
 
-from continual.errors import SpecError, StateError, StreamError, shown
+from continual.errors import SpecError, StateError, StreamError
 from continual.learner import Learner
 from continual.learner.trust import check_trusted, wishes
 from continual.models.build import base_on_disk, gives_features, module_class
@@ -237,16 +236,8 @@ class Store:
     def abandon(self) -> str:
         """Give up an update that broke off, with what it had reached; returns a sentence. Versions that it made stay."""
         with self.folder.writing("abandon"):
-            if not self.folder.work.is_dir():
-                return "no update is under way: nothing was done."
-            try:
-                rows = shown(self.folder.under_way() or "rows")
-            except StateError:
-                rows = "rows whose name is damaged"
-            sentence = f"the update with {rows} was given up"
-            self.folder.journal.append("abandoned", sentence=sentence)
-            shutil.rmtree(self.folder.work, ignore_errors=True)
-            return f"{sentence}."
+            sentence = self.folder.abandon()
+            return "no update is under way: nothing was done." if sentence is None else f"{sentence}."
 
     def promote(self, version: int) -> str:
         """Make a version live that the gate held back, or an earlier one; returns a sentence."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from continual.errors import ContinualError, ModelError, StateError, StreamError
 from continual.learner import Learner
 from continual.models.build import base_on_disk
 from continual.monitor.evaluation import evaluating
-from continual.objective import PRIMARY
+from continual.objective import PRIMARY, Objective
 from continual.parts.replay.store import KeepsRows
 from continual.provenance import commit, now, versions
 from continual.refresh.allowed import check_ladder, check_rules
@@ -129,7 +128,7 @@ class Update:
         limit = holdout_rows(rules, 0 if parent is None else len(parent.experience_names))
         name = self._name(parent) if request is None else request.experience
         early = self.strategy.training.early_stopping is not None
-        least = rows_to_pass(rules.gate)
+        least = rows_to_pass(rules.gate, self.settings.objective)
         divided = divide(offered, rules.holdout, least=least, most=limit, valid=early)
         if divided.holdout is None and (parent is None or parent.monitor is None or not parent.monitor.tables()):
             raise StreamError(
@@ -141,7 +140,10 @@ class Update:
             f"the hold-out of '{name}' has {held} rows, and the gate needs {least} to let a later update pass even where nothing "
             "changes: give more rows at a time, or change holdout.share, gate.max_drop or gate.unsure in rules.yaml."
         )
-        offered = replace(offered, notes=(*offered.notes, *divided.notes, *([few] if held < least else [])))
+        offered = replace(
+            offered,
+            notes=(*offered.notes, *divided.notes, *([few] if held < least and rules.gate.unsure == "hold" else [])),
+        )
         experience = self._experience(divided, name, parent)
         if request is None:
             started = time.perf_counter()
@@ -189,13 +191,7 @@ class Update:
             shutil.rmtree(self.folder.work, ignore_errors=True)
             return None
         if self.options.abandon:
-            try:
-                what = f"the update with '{self.folder.under_way()}'"
-            except StateError:
-                what = "an update of which nothing could be read"
-            self.folder.journal.append("abandoned", sentence=f"{what} was given up")
-            self._done()
-            self.folder.tidy()
+            self.folder.abandon()
             return None
         try:
             request = read_record(Request, path.read_bytes(), f"'{path}'")
@@ -361,7 +357,7 @@ class Update:
         judgement = judge(monitor, rules.gate, new=experience.name, slower=slower, size=sum(sizes.values()))
         measured = measured_in(monitor)
         own = next((one for one in measured if one.name == experience.name and one.score is not None), None)
-        if own is not None and own.name not in judgement.sentence:
+        if own is not None and f"'{own.name}' scores" not in judgement.sentence:
             itself = f" '{own.name}' itself: {PRIMARY[learner.objective]} {own.score:.3f} on {own.rows} held-out rows."
             judgement = judgement.model_copy(update={"sentence": judgement.sentence + itself})
         monitor.trim()
@@ -508,10 +504,16 @@ def _goes_live(manifest: Manifest, rules: Rules) -> bool:
     return manifest.answer == "pass" or (manifest.answer == "cannot tell" and rules.gate.unsure == "promote")
 
 
-def rows_to_pass(rules: GateRules) -> int:
-    """Rows of a test set with which the gate passes where no row has changed: Tango's bound of a drop of 0, z² / (z² + N)."""
-    z, margin = NormalDist().inv_cdf(rules.confidence), min(rules.max_drop, 1.0)
-    return math.floor(z * z * (1 - margin) / margin) + 1 if margin else sys.maxsize
+def rows_to_pass(rules: GateRules, objective: Objective) -> int:
+    """Rows of a test set with which the gate passes where no row has changed: Tango's bound of a drop of 0, z² / (z² + N).
+
+    0 where no number does (``max_drop`` 0) or none is needed (scores that are not right or wrong).
+    """
+    margin = rules.max_drop
+    if objective != "classification" or not 0 < margin < 1:
+        return 0
+    z = NormalDist().inv_cdf(rules.confidence)
+    return math.floor(z * z * (1 - margin) / margin) + 1
 
 
 def holdout_rows(rules: Rules, experiences: int) -> int:

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from store_bench import COLUMNS, LOOSE, SALT, STRATEGY, bytes_of, grown, month, small_store
 
 from continual import Learner
 from continual.errors import CompositionError, ContinualError, SpecError, StateError, StreamError
+from continual.monitor.gate import gate
 from continual.refresh import Rules, Store
 from continual.refresh.folder import Folder, make_folder
 from continual.refresh.intake import divide, read_rows
-from continual.refresh.update import Update, holdout_rows
+from continual.refresh.rules import GateRules
+from continual.refresh.update import Update, holdout_rows, rows_to_pass
 from continual.streams.content import row_keys
 
 
@@ -514,3 +517,22 @@ def test_rows_with_the_content_of_a_hold_out_row_are_not_trained_on(tmp_path: Pa
     data = store.manifest().data
     assert outcome.happened == "promoted" and data.trained + data.holdout < 80
     assert any("have the content of hold-out rows" in note for note in outcome.notes)
+
+
+def test_how_many_rows_the_gate_can_pass_with() -> None:
+    for margin, confidence in ((0.02, 0.95), (0.05, 0.95), (0.05, 0.99)):
+        least = rows_to_pass(GateRules(max_drop=margin, confidence=confidence), "classification")
+        same = {
+            rows: gate({"a": (np.ones(rows), np.ones(rows))}, margin, 1 - confidence)[0].verdict
+            for rows in (least - 1, least)
+        }
+        assert same == {least - 1: "cannot tell", least: "pass"}
+    assert rows_to_pass(GateRules(max_drop=0.0), "classification") == rows_to_pass(GateRules(), "regression") == 0
+
+
+def test_small_hold_outs_grow_and_say_what_they_cannot_do(tmp_path: Path) -> None:
+    store = small_store(tmp_path, rules={"gate": {"max_drop": 0.05}, "holdout": {"share": 0.1}})
+    outcome = store.update(month(tmp_path, 0), device="cpu", progress=False)
+    assert store.manifest().data.holdout == 13, "a third of 40"
+    assert any("has 13 rows, and the gate needs 52" in note for note in outcome.notes)
+    assert "'month-0' itself: accuracy" in outcome.sentence
