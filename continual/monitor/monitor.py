@@ -5,6 +5,8 @@ learns everything at once (the joint bound) registers all its test sets and reco
 a test set may be registered as ``ahead`` and measured before it is learnt; until it is registered as learnt, no figure
 counts it.
 
+It is one object to whoever measures, reads figures, saves or erases, and all of that is short; hence the length of this file.
+
 Letters: U updates, S experiences, N rows of a test set, M measurements of a test set.
 """
 

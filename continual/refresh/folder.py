@@ -4,6 +4,9 @@
 ``staged/0008`` what is about to take its place there. What happens is promised in the journal first and done then, so that
 whoever writes next finishes what a killed process had promised (:meth:`Folder.recover`), and any number of readers see
 the store before it or after it.
+
+What is read while it is written and what is written while it is read stand in one file, since each is right only beside the
+other; hence its length.
 """
 
 from __future__ import annotations

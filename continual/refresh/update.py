@@ -2,6 +2,8 @@
 
 What is under way lies in ``work/``: ``update.json`` (the rows' fingerprint, the live version, the rules as they were) and
 the learner's checkpoint. A version is added before the gate's answer is acted on, and tries of the ladder are versions too.
+
+All steps of the transaction stand here in their order, with what each leaves for the next process to find; hence its length.
 """
 
 from __future__ import annotations
