@@ -18,10 +18,10 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 from urllib.parse import urlsplit
 
+from continual.disk import write_text
 from continual.refresh.prometheus import exposition
 from continual.refresh.records import Manifest, Outcome, Report, record_text
 from continual.refresh.rules import AlertRules
-from continual.state import write_text
 
 _TAIL = 200
 """Characters of a command's output that a sentence shows."""

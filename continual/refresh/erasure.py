@@ -100,11 +100,11 @@ def _erase(folder: Folder, rows: Tensor, trust: Sequence[str]) -> Erasure:
         manifests[version] = folder.stage(manifest.model_copy(update=changed), report)
         written.append(version)
     before = folder.erased()
-    gone = torch.unique(torch.cat([before, rows]))
+    gone = sorted({*before, *rows.tolist()})
     more = f"; the weights of {_listed(trained)} were trained on them" if trained else ""
     sentence = f"{len(known)} of {len(rows)} rows were erased from {len(written)} versions{more}"
     if manifests or len(gone) > len(before):
-        folder.put_erased(manifests, gone.tolist(), len(known), sentence)
+        folder.put_erased(manifests, gone, len(known), sentence)
     folder.sweep()
     commands = _commands(folder, trained)
     return Erasure(len(rows), len(known), places, tuple(written), tuple(trained), commands, f"{sentence}.")
