@@ -153,7 +153,9 @@ def _flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {_TENSOR: key}
     if isinstance(value, dict):
         for key in value:
-            assert isinstance(key, str) and key not in (_TENSOR, _FLOAT, _PACKED, _PLAIN), f"state keys are plain strings, not {key!r}"
+            assert isinstance(key, str) and key not in (_TENSOR, _FLOAT, _PACKED, _PLAIN), (
+                f"state keys are plain strings, not {key!r}"
+            )
         return {key: _flatten(item, tensors) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_flatten(item, tensors) for item in value]
