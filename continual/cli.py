@@ -163,7 +163,7 @@ def tune_command(
         typer.Option(
             "--search",
             help="A setting and its values, such as training.lr=log:1e-5:1e-2 (or uniform:0.1:0.9, int:1:10, "
-            "choice:sgd,adam), or a YAML file of them. Repeatable. Default: the strategy's rates, strengths and shares.",
+            "choice:sgd,adam), or a YAML file of them. Repeatable. Default: the strategy's rates and strengths.",
         ),
     ] = None,
     trials: Annotated[int, typer.Option("--trials", min=1, help="Trials in all, those made before included.")] = 20,

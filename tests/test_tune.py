@@ -187,7 +187,7 @@ def test_the_default_space_of_every_strategy(name: str) -> None:
     try:
         space = default_space(strategy)
     except SpecError as error:
-        assert not learns and "no rate, strength or share to tune" in str(error)
+        assert not learns and "no rate or strength to tune" in str(error)
         return
     assert any(one.key == "training.lr" for one in space) == learns
     own = own_settings(strategy, space)
@@ -209,7 +209,6 @@ def test_what_is_searched_by_default() -> None:
     assert found == {
         "training.lr": "log:0.002:0.2",
         "penalty.0.strength": "log:0.02:200",
-        "replay.share": "uniform:0.1:0.9",
     }
     frozen = Strategy.load({"head": {"kind": "slda", "shrinkage": 0.2}, "backbone": "frozen"})
     assert {one.key: str(one) for one in default_space(frozen)} == {"head.shrinkage": "log:0.00667:1"}

@@ -178,13 +178,11 @@ class TrainingContext:
         """Call every part's ``begin``; tell the optimiser of parameters that came or went."""
         self.experience, self.experience_index = experience, experience.index
         self.step, self.epoch, self.steps = 0, 0, steps
-        for part in overriding(self.parts, "begin"):
+        for part in self.parts:
             self._parameters = None
-            part(self, experience)
-        if self.reserve_classes is not None:
-            for part in self.parts:
-                if part.slot == "head" and hasattr(part, "grow_to"):
-                    part.grow_to(self.reserve_classes, self)
+            part.begin(self, experience)
+            if self.reserve_classes is not None and part.slot == "head" and hasattr(part, "grow_to"):
+                part.grow_to(self.reserve_classes, self)
         self._parameters = None
         self._meet(experience)
         self.sync_optimizer()

@@ -11,7 +11,8 @@ score, each row one cluster (Durkalski et al. 2003, Statistics in Medicine 22:24
 with w one over seeds × experiences × rows of the experience, so that Σ d_n is the difference of the final scores; with one seed and
 experiences of equal size it is McNemar's z). Its sign-flip distribution is taken exactly where few rows differ.
 
-All p-values are two-sided, and corrected over all pairs of the stream by Holm's method (Holm 1979), each test by itself.
+All p-values are two-sided, and corrected by Holm's method (Holm 1979) over all pairs of the stream that can be tested, each test
+by itself.
 What cannot be tested says how many seeds it would need: the t test :data:`MIN_SEEDS`, Wilcoxon's so many that its smallest
 p-value, 2/2^n, passes Holm's correction.
 

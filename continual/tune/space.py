@@ -1,8 +1,8 @@
 """What is searched: one dimension for each setting, named by hand or taken from what a strategy is made of.
 
-A dimension is written ``log:1e-5:1e-2``, ``uniform:0.1:0.9``, ``int:1:10`` or ``choice:sgd,adam``. Without any, rates, strengths and
-shares are searched around the strategy's own values. What a strategy may spend (rows kept, epochs, batch size, rank) is
-no matter of tuning and is searched only where it is named.
+A dimension is written ``log:1e-5:1e-2``, ``uniform:0.1:0.9``, ``int:1:10`` or ``choice:sgd,adam``. Without any, rates and
+strengths are searched around the strategy's own values. What a strategy may spend (rows kept or replayed, epochs, batch size, rank)
+is no matter of tuning and is searched only where it is named.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ AROUND: dict[tuple[str, str], float] = {
     ("head", "bandwidth"): 4.0,
 }
 """Slot and setting → the factor up to which its own value is searched, upwards and downwards, on a logarithmic scale."""
-WITHIN: dict[tuple[str, str], tuple[float, float]] = {("replay", "share"): (0.1, 0.9)}
-"""Slot and setting → the range that is searched, on a linear scale."""
-AT_MOST: dict[tuple[str, str], float] = {("head", "shrinkage"): 1.0, ("penalty", "alpha"): 1.0}
+AT_MOST: dict[tuple[str, str], float] = {("head", "shrinkage"): 1.0}
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def read_space(entries: Sequence[str]) -> list[Dimension]:
 
 
 def default_space(strategy: Strategy) -> list[Dimension]:
-    """The rates, strengths and shares of a strategy, around its own values.
+    """The rates and strengths of a strategy, around its own values.
 
     Raises:
         SpecError: it has none.
@@ -115,16 +113,13 @@ def default_space(strategy: Strategy) -> list[Dimension]:
     found = []
     for slot, key, settings in _settings(strategy):
         for name, value in settings.items():
-            if (slot, name) in WITHIN:
-                low, high = WITHIN[slot, name]
-                found.append(Dimension(f"{key}.{name}", "uniform", low, high))
-            elif (slot, name) in AROUND and isinstance(value, float) and value > 0:
+            if (slot, name) in AROUND and isinstance(value, float) and value > 0:
                 factor, most = AROUND[slot, name], AT_MOST.get((slot, name), float("inf"))
                 low, high = float(f"{value / factor:.3g}"), min(float(f"{value * factor:.3g}"), most)
                 found.append(Dimension(f"{key}.{name}", "log", low, high))
     if not found:
         raise SpecError(
-            f"strategy '{strategy.name}' has no rate, strength or share to tune: name settings, such as --search "
+            f"strategy '{strategy.name}' has no rate or strength to tune: name settings, such as --search "
             "head.shrinkage=log:1e-4:1."
         )
     return found

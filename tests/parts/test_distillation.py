@@ -86,6 +86,18 @@ def test_lwf_is_its_formula_over_the_old_classes(T: float, strength: float) -> N
     assert set(terms) == {"objective", "distillation/lwf"}
 
 
+def test_lwf_over_all_outputs_holds_new_classes_down_too() -> None:
+    loop, old = middle(make("lwf", over="all", strength=0.25))
+    batch = last_batch()
+    term, output, _ = term_of(loop, batch)
+    before = old(batch).logits.detach()
+    expected = 0.25 * torch.stack([kl(output.logits[b], before[b], 2.0) for b in range(4)]).mean()
+    torch.testing.assert_close(term, expected, rtol=1e-4, atol=1e-6)
+    assert output.logits.shape[1] == before.shape[1] == 6
+    (pull,) = torch.autograd.grad(term, output.logits)
+    assert (pull[:, 4:].abs() > 1e-4).any(), "new classes are held as well"
+
+
 def test_lwf_in_the_task_scenario_asks_each_experience_by_itself() -> None:
     loop, old = middle(make("lwf"), scenario="task")
     batch = last_batch()

@@ -98,6 +98,22 @@ class Normed(nn.Module):
         return Output(self.layer(self.norm(batch["inputs"])))
 
 
+def test_outputs_reserved_for_later_classes_begin_as_they_were_drawn() -> None:
+    loop = looped(GDumb(capacity=12), competition="all")
+    loop.reserve_classes = 10
+    found = []
+    for index in range(3):
+        given = experience(index)
+        loop.begin(given)
+        found.append({name: p.detach().clone() for name, p in loop.parameters().items()})
+        assert any(len(weight) == 10 for weight in found[-1].values())
+        epochs_of(loop, given, 2)
+        loop.end()
+        assert any(not torch.equal(p, found[-1][name]) for name, p in loop.parameters().items())
+    for later in found[1:]:
+        assert all(torch.equal(later[name], weight) for name, weight in found[0].items())
+
+
 def test_buffers_go_back_and_frozen_weights_are_left_alone() -> None:
     part, model = GDumb(capacity=12), Normed()
     trained = [p for p in model.parameters() if p.requires_grad]

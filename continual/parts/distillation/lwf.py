@@ -4,7 +4,10 @@
 rows (Li & Hoiem 2016, arXiv 1606.09282, eq. 2 to 4, whose cross-entropy differs by a constant; T^2 of Hinton et al. 2015,
 arXiv 1503.02531, keeps the gradient's size as T grows). Rows that replay adds are left out.
 
-* ``class``: one softmax over all classes of earlier experiences. ``domain``: the same, of the classes that they share.
+* ``class``: one softmax over all classes of earlier experiences; with ``over: all`` over every output that there is, so that on
+  new rows the old model's answers hold the new classes down too, as in the repository of van de Ven et al. 2022
+  (GMvandeVen/continual-learning, with all outputs competing), which leaves T^2 out as well: a strength of 1/T^2 here.
+* ``domain``: one softmax over the classes that the experiences share.
 * ``task``: a softmax for each earlier experience over its own classes, averaged over experiences.
 * Language models: over the vocabulary at every counted token, the mean over a row's tokens first.
 
@@ -41,12 +44,14 @@ class LwFSettings(Spec):
         temperature: T > 0.
         weighting: ``sum`` adds the distillation to the objective; ``experiences`` weighs the objective 1/t and the
             distillation 1 - 1/t.
+        over: the outputs of a classification that are held: those of the ``old`` classes, or ``all``; not in the task scenario.
     """
 
     kind: Literal["lwf"] = "lwf"
     strength: float = Field(default=1.0, ge=0)
     temperature: float = Field(default=2.0, gt=0)
     weighting: Literal["sum", "experiences"] = "sum"
+    over: Literal["old", "all"] = "old"
 
 
 class LwF(Part):
@@ -109,7 +114,7 @@ class LwF(Part):
         T = self.settings.temperature
         if self.context.objective == "classification":
             if self._index is None:
-                self._index = [torch.tensor(group, device=new.device) for group in self._groups()]
+                self._index = [torch.tensor(group, device=new.device) for group in self._groups(old.shape[1])]
             groups = [divergence(new[:, index_k], old[:, index_k], T).mean() for index_k in self._index]
             return torch.stack(groups).mean()
         labels_BT = current["labels"]
@@ -120,10 +125,12 @@ class LwF(Part):
         each_BT = each_BT.masked_scatter(counted_BT, divergence(new[counted_BT], old[counted_BT], T))
         return (each_BT.sum(1) / counted_BT.sum(1).clamp(min=1)).mean()
 
-    def _groups(self) -> list[list[int]]:
+    def _groups(self, outputs: int) -> list[list[int]]:
         """Which classes compete with one another in the old model's answers."""
         if self.context.scenario == "task":
             return [classes for classes in self._classes if classes]
+        if self.settings.over == "all":
+            return [list(range(outputs))]
         return [sorted({label for classes in self._classes for label in classes})]
 
 

@@ -12,7 +12,8 @@ experience the scores are averaged with those of the experiences before, and F a
 value, so that lambda does not depend on their scale.
 
 Departures: F_batch is exact, the mean of squared gradients of each row of the batch at its true label, from a pass of its
-own, and the F of eq. 8 is that of the end of the interval. All is one quadratic: time and memory are constant.
+own, and the F of eq. 8 is that of the end of the interval; under accumulation the rows are those of the step's first pass. All is
+one quadratic: time and memory are constant.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ statistics and no random draws are touched; rows are kept by random keys (``sele
 first epoch of their experience; candidates are drawn by a shuffled walk.
 
 It costs one more forward and backward pass of the current rows and two forward passes of the candidates for every
-batch, and a copy of the trainable parameters while it looks.
+batch, and a copy of the trainable parameters while it looks. The loss is one mean over current and replayed rows, where the paper
+adds the mean of either: half of that at share .5.
 
 Letters: B rows of a batch, C candidates, R rows replayed.
 """
