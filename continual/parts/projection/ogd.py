@@ -154,7 +154,8 @@ class OGD(Part):
             self.basis[name] = part.reshape(-1, *parameter.shape).clone()
 
     def rows(self) -> Tensor:
-        return torch.unique(self.of_N[self.of_N >= 0])
+        alone: Tensor = torch.unique(self.of_N[self.of_N >= 0])
+        return alone
 
     def erase(self, rows: Tensor) -> int:
         """Give up the directions that one of these rows alone gave."""
