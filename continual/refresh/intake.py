@@ -338,4 +338,4 @@ def _is(form: str | None) -> str:
 
 
 def _plain(name: str) -> str:
-    return _SEPARATOR.sub("", name.casefold().strip(" \t\n_.,:;!?")) or name
+    return _SEPARATOR.sub("", name.casefold().strip(" \t\n_.,:;!?'\"()")) or name

@@ -505,7 +505,7 @@ def test_labels_that_look_alike_in_one_file(labels: tuple[str, ...], alike: bool
             store.update(rows, device="cpu", progress=False)
     accepted = labels[:1] if alike else ()
     assert store.update(rows, device="cpu", progress=False, new_labels=accepted).happened == "promoted"
-    assert store.learner(device="cpu").class_names == sorted(labels)
+    assert set(store.learner(device="cpu").class_names) == set(labels)
     assert store.update(month(tmp_path, 1, classes=labels), device="cpu", progress=False).happened == "promoted"
 
 
