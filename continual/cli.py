@@ -123,7 +123,7 @@ def study_command(
     if table.is_file():
         print(table.read_text(encoding="utf-8"))
     if page is not None and (folder / "report.html").is_file():
-        from continual.state import write_text
+        from continual.disk import write_text
 
         write_text(page, (folder / "report.html").read_text(encoding="utf-8"))
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]

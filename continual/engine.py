@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from continual.errors import SpecError, unknown
+from continual.kinds import Objective
 from continual.models.output import Output
-from continual.objective import Objective
 from continual.parts.context import TrainingContext
 from continual.spec import Spec, load_object, parse
 from continual.streams.experience import Experience

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from continual.errors import ModelError
+from continual.kinds import Objective
 from continual.table import IGNORED, Batch
 
-Objective = Literal["classification", "regression", "causal-lm", "seq2seq"]
 Competition = Literal["seen", "experience", "all", "asymmetric"]
 Criterion = Literal["cross-entropy", "binary"]
 

@@ -17,16 +17,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from continual.disk import alone, check_seal, read_object, recover_folder, sweep, write_text
 from continual.errors import ContinualError, StateError, shown
+from continual.kinds import Scenario
 from continual.learner import Learner, Update
 from continual.learner.checkpoint import check_same
 from continual.learner.core import resolve_device
 from continual.learner.processes import Processes
 from continual.models.build import base_on_disk, gives_features
 from continual.models.spec import parse_model_spec
-from continual.state import alone, check_seal, read_object, recover_folder, sweep, write_text
 from continual.strategy import Strategy
-from continual.streams.experience import Scenario
 from continual.streams.spec import read_stream_spec
 from continual.streams.stream import Stream
 from continual.suitability import unsuited

@@ -3,35 +3,38 @@
 A state is any nesting of dicts (with string keys), lists, tensors and plain JSON values. It is written to a temporary
 folder beside its place, flushed to the disk, sealed with the SHA-256 of each file and renamed, so that a reader sees the
 old state or the new one and never a part of either.
+
+A state of many experiences is mostly small tensors, each of which costs safetensors more than its bytes do: those of one dtype
+are written as one.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-import re
 import shutil
 import uuid
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
+from continual.disk import check_replaceable, check_seal, recover_folder, replace_folder, seal_folder
 from continual.errors import StateError
 
 _TENSOR = "$tensor"
 _FLOAT = "$float"
-_PLAIN = "state"
-_SEAL = "seal.json"
-_SAFE_NAME = re.compile(r"[A-Za-z0-9._+-]+")
+_METADATA = "state"  # one key alone: safetensors writes several in an order that is drawn anew each time
+_PLAIN = "$plain"
+_PACKED = "$packed"
+_SMALL = 16 * 1024
+"""Bytes up to which a tensor is written together with others of its dtype."""
+_PACKABLE = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_SIGNS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
+"""How a file shows that it holds no state."""
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> int:
@@ -42,13 +45,12 @@ def save_state(folder: Path, state: dict[str, Any]) -> int:
     """
     folder = Path(folder)
     check_replaceable(folder)
-    tensors: dict[str, Tensor] = {}
-    plain = _flatten(state, tensors)
+    plain, whole = _written(state)
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         temporary.mkdir(parents=True)
-        save_file(tensors, temporary / "tensors.safetensors")
-        (temporary / "state.json").write_text(json.dumps(plain, allow_nan=False), encoding="utf-8")
+        save_file(whole, temporary / "tensors.safetensors")
+        (temporary / "state.json").write_text(plain, encoding="utf-8")
         seal_folder(temporary)
         size = sum(path.stat().st_size for path in temporary.iterdir())
         replace_folder(temporary, folder)
@@ -75,9 +77,9 @@ def load_state(folder: Path) -> dict[str, Any]:
     check_seal(folder, {"state.json", "tensors.safetensors"})
     try:
         plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "tensors.safetensors")
-        state = _unflatten(plain, tensors)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        with safe_open(folder / "tensors.safetensors", "pt") as file:
+            state = _state(plain, file)
+    except _SIGNS as error:
         raise StateError(f"the state in '{folder}' is damaged ({error}): use an earlier one.") from error
     assert isinstance(state, dict)
     return state
@@ -85,9 +87,8 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 def state_bytes(state: dict[str, Any]) -> bytes:
     """``state`` as one safetensors file, its plain values in the metadata; the same state gives the same bytes."""
-    tensors: dict[str, Tensor] = {}
-    plain = json.dumps(_flatten(state, tensors), allow_nan=False, separators=(",", ":"))
-    return bytes(save(tensors, {_PLAIN: plain}))
+    plain, whole = _written(state)
+    return bytes(save(whole, {_METADATA: plain}))
 
 
 def read_state_file(path: Path) -> dict[str, Any]:
@@ -98,170 +99,40 @@ def read_state_file(path: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            state = _unflatten(json.loads((file.metadata() or {})[_PLAIN]), tensors)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+            state = _state(json.loads((file.metadata() or {})[_METADATA]), file)
+    except _SIGNS as error:
         raise StateError(f"'{path}' is damaged ({type(error).__name__}: {error}): restore it from a backup.") from error
     if not isinstance(state, dict):
         raise StateError(f"'{path}' is damaged (it holds no state): restore it from a backup.")
     return state
 
 
-def seal_folder(folder: Path) -> None:
-    """Flush every file of ``folder`` and write ``seal.json``: the SHA-256 of each."""
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != _SEAL:
-            digests[path.relative_to(folder).as_posix()] = file_sha256(path)
-            flush(path)
-    (folder / _SEAL).write_text(json.dumps(digests, indent=1), encoding="utf-8")
-    flush(folder / _SEAL)
-    flush(folder)
-
-
-def check_seal(folder: Path, needed: Collection[str] = ()) -> None:
-    """Raise :class:`StateError` unless every file of ``folder`` is there and unchanged, and those ``needed`` are sealed."""
-    if not (folder / _SEAL).is_file():
-        raise StateError(f"'{folder}' holds no saved state: name a folder that was written by continual.")
-    try:
-        digests = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
-        items = [(str(name), str(digest)) for name, digest in digests.items()]
-    except (ValueError, AttributeError) as error:
-        raise StateError(f"the seal of '{folder}' is damaged ({error}): use an earlier state.") from error
-    loose = sorted(set(needed) - {name for name, _ in items})
-    if loose:
-        raise StateError(f"the seal of '{folder}' does not cover '{loose[0]}': do not trust this folder.")
-    for name, digest in items:
-        path = folder / name
-        if Path(name).is_absolute() or not all(_SAFE_NAME.fullmatch(p) and p != ".." for p in Path(name).parts):
-            raise StateError(f"the seal of '{folder}' names a file outside it ('{name}'): do not trust this folder.")
-        if not path.is_file() or path.is_symlink():
-            raise StateError(f"'{path}' is missing: the state is incomplete, use an earlier one.")
-        if file_sha256(path) != digest:
-            raise StateError(f"'{path}' is not what was written (its SHA-256 differs): use an earlier state.")
-
-
-def check_replaceable(folder: Path) -> None:
-    """Raise :class:`StateError` where ``folder`` holds anything but a sealed folder of ours, which alone is replaced."""
-    if not (folder.exists() or folder.is_symlink()):
-        return
-    if folder.is_symlink() or not folder.is_dir() or (not (folder / _SEAL).is_file() and any(folder.iterdir())):
-        raise StateError(
-            f"'{folder}' holds something that was not written by continual, and writing there would remove it: name a new "
-            "folder, or an empty one."
-        )
-
-
-def replace_folder(temporary: Path, folder: Path) -> None:
-    """Rename ``temporary`` to ``folder``; what was there is moved aside first and removed last.
-
-    Raises:
-        StateError: what is there was not written by us.
-    """
-    check_replaceable(folder)
-    aside = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.old"
-    if folder.exists():
-        os.rename(folder, aside)
-    os.rename(temporary, folder)
-    flush(folder.parent)
-    for left in _asides(folder, "old", "tmp"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def recover_folder(folder: Path) -> None:
-    """Put back what :func:`replace_folder` had moved aside when it was killed between its two renames."""
-    if not folder.exists() and folder.parent.is_dir():
-        for aside in sorted(_asides(folder, "old"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
-            try:
-                check_seal(aside)
-            except StateError:
-                continue
-            with suppress(FileNotFoundError):  # another process has just done the same
-                os.rename(aside, folder)
-            return
-
-
-def _asides(folder: Path, *endings: str) -> list[Path]:
-    """What was put aside for ``folder`` itself, and for no other whose name begins alike."""
-    form = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}\.({'|'.join(endings)})")
-    return [path for path in folder.parent.iterdir() if form.fullmatch(path.name)]
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a process that was killed had begun to write into ``folder``; call it as the only writer there."""
-    for left in folder.glob(".*.tmp"):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
+def _written(state: dict[str, Any]) -> tuple[str, dict[str, Tensor]]:
+    """The plain values as JSON, and the tensors as they are written: contiguous, on the CPU, small ones joined."""
+    tensors: dict[str, Tensor] = {}
+    plain = _flatten(state, tensors)
+    whole: dict[str, Tensor] = {}
+    small: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if kind in _PACKABLE and tensor.numel() * tensor.element_size() <= _SMALL:
+            small.setdefault(kind, {})[key] = tensor
         else:
-            left.unlink(missing_ok=True)
+            whole[key] = tensor.cpu().clone(memory_format=torch.contiguous_format)
+    for kind, group in small.items():
+        whole[kind] = torch.cat([tensor.reshape(-1).cpu() for tensor in group.values()])
+    shapes = {kind: {key: list(tensor.shape) for key, tensor in group.items()} for kind, group in small.items()}
+    return json.dumps({_PACKED: shapes, _PLAIN: plain}, allow_nan=False, separators=(",", ":")), whole
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old text or the new one."""
-    path = Path(path)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        flush(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise StateError(
-            f"'{path}' could not be written ({error.strerror or error}): free some space or name another place, then run "
-            "it again."
-        ) from error
-
-
-@contextmanager
-def alone(out: Path, what: str) -> Iterator[None]:
-    """Make the folder ``out`` and hold its lock: one process at a time writes there.
-
-    Args:
-        what: is done there, as the sentence to another process says: ``run``, ``study``.
-
-    Raises:
-        StateError: another process holds it, or the folder cannot be made or written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise StateError(f"another {what} is under way in '{out}': wait for it, or name another out folder.") from error
-    except OSError as error:
-        raise StateError(
-            f"the out folder '{out}' cannot be made or written ({error}): name another out folder."
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def read_object(path: Path, advice: str) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Args:
-        advice: what to do where it is damaged; it ends the sentence.
-
-    Raises:
-        StateError: it cannot be read, or holds something else.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StateError(f"'{path}' is damaged ({error}): {advice}") from error
-    if not isinstance(found, dict):
-        raise StateError(f"'{path}' is damaged (it holds {type(found).__name__}, not an object): {advice}")
-    return found
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in blocks."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _state(content: dict[str, Any], file: Any) -> Any:
+    """What :func:`_written` took apart, or wrote before small tensors were joined; ``file`` holds the tensors."""
+    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for kind, shapes in content.get(_PACKED, {}).items():
+        parts = tensors.pop(kind).split([math.prod(shape) for shape in shapes.values()])
+        for (key, shape), part in zip(shapes.items(), parts, strict=True):
+            tensors[key] = part.reshape(shape).clone()
+    return _unflatten(content.get(_PLAIN, content), tensors)
 
 
 def tensor_bytes(value: Any) -> int:
@@ -275,23 +146,16 @@ def tensor_bytes(value: Any) -> int:
     return 0
 
 
-def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         key = str(len(tensors))
-        tensors[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[key] = value.detach()
         return {_TENSOR: key}
     if isinstance(value, dict):
         for key in value:
-            assert isinstance(key, str) and key not in (_TENSOR, _FLOAT), f"state keys are plain strings, not {key!r}"
+            assert isinstance(key, str) and key not in (_TENSOR, _FLOAT, _PACKED, _PLAIN), (
+                f"state keys are plain strings, not {key!r}"
+            )
         return {key: _flatten(item, tensors) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_flatten(item, tensors) for item in value]

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from continual.engine import ENGINES, Engine, engine_class
 from continual.errors import CompositionError, SpecError, quoted, unknown
+from continual.kinds import Objective
 from continual.library import find_spec
-from continual.objective import Objective
 from continual.parts.part import SLOTS, Part, Slot, check_criterion
 from continual.parts.registry import PARTS, part_class
 from continual.parts.replay.store import KeepsRows

@@ -14,9 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from continual.errors import quoted
-from continual.objective import Objective
+from continual.kinds import Objective, Scenario
 from continual.strategy import Strategy
-from continual.streams.experience import Scenario
 
 EVERYWHERE: frozenset[Scenario] = frozenset({"task", "domain", "class"})
 NOT_CLASS: frozenset[Scenario] = frozenset({"task", "domain"})

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from test_cli import Done, continual
 
-from continual.state import check_seal
+from continual.disk import check_seal
 
 RUN = ["run", "s.yaml", "naive", "--out", "out", "--device", "cpu", "--set", "training.epochs=1"]
 STREAM: dict[str, Any] = {

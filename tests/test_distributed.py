@@ -23,10 +23,11 @@ from filelock import FileLock
 from torch import Tensor
 
 from continual import Learner, Strategy, cli
+from continual.disk import recover_folder
 from continual.errors import SpecError, StateError
 from continual.learner.parallel import _buckets, share
 from continual.learner.processes import Processes
-from continual.state import load_state, recover_folder, save_state
+from continual.state import load_state, save_state
 from continual.study import Study, run_study
 
 TOLERANCE = 1e-5

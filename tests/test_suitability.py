@@ -12,11 +12,11 @@ from battery import ENGINES, STRATEGIES, TOKENS, small, tiny_stream
 from test_cli import continual
 
 from continual import Learner, Strategy
+from continual.kinds import Scenario
 from continual.parts.part import Part
 from continual.parts.registry import PARTS
 from continual.run import run_cell
 from continual.spec import Spec
-from continual.streams.experience import Scenario
 from continual.study import Study
 from continual.suitability import KEEPS, unsuited
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from continual.engine import Engine
 from continual.errors import CompositionError, ModelError, SpecError, unknown
+from continual.kinds import Objective, Scenario
 from continual.learner.ledger import Ledger
 from continual.learner.optimizer import optimizer_state
 from continual.learner.processes import Processes
@@ -23,7 +24,6 @@ from continual.models.build import build_model
 from continual.models.model import Model
 from continual.models.output import Output
 from continual.monitor.monitor import Monitor
-from continual.objective import Objective
 from continual.parts.context import TrainingContext
 from continual.parts.head.linear import LinearHead
 from continual.parts.part import SLOTS, Part
@@ -31,7 +31,7 @@ from continual.provenance import now
 from continual.randomness import Randomness
 from continual.state import tensor_bytes
 from continual.strategy import Strategy
-from continual.streams.experience import Experience, Scenario
+from continual.streams.experience import Experience
 from continual.streams.text import encode
 from continual.table import Batch, Table
 

@@ -13,7 +13,6 @@ from continual.learner.checkpoint import FORMAT, check_same, table_from_state, t
 from continual.learner.core import Core
 from continual.learner.optimizer import load_optimizer_state, make_optimizer, optimizer_state
 from continual.learner.trainer import Progress
-from continual.learner.trust import check_trusted, wishes
 from continual.parts.adapter.adalora import AdaLoRA
 from continual.parts.adapter.export import export_adapter
 from continual.parts.adapter.lora import LoRA
@@ -25,6 +24,7 @@ from continual.randomness import Randomness
 from continual.state import load_state, save_state
 from continual.strategy import Strategy
 from continual.table import Table
+from continual.trust import check_trusted, wishes
 
 NEEDED = {"format", "strategy", "strategy_name", "model_spec", "seed", "objective", "scenario"}
 """What a state must hold for a learner to be made from it; the rest is read by what it belongs to."""

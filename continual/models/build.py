@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from continual.errors import ModelError, SpecError, quoted
+from continual.kinds import Objective
 from continual.models.hub import base_sha256, on_disk
 from continual.models.mlp import MLP
 from continual.models.model import Model
 from continual.models.module import UserModule
 from continual.models.spec import MLPSpec, ModuleSpec, PretrainedSpec, parse_model_spec
-from continual.objective import Objective
 from continual.spec import load_object
 from continual.table import Batch
 

@@ -12,8 +12,8 @@ import importlib.util
 import json
 from pathlib import Path
 
+from continual.disk import file_sha256
 from continual.errors import ModelError
-from continual.state import file_sha256
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from continual.errors import ModelError, StateError, quoted
+from continual.kinds import Objective
 from continual.models.output import Output
-from continual.objective import Objective
 from continual.table import Batch
 
 

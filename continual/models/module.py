@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from continual.errors import ModelError
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.table import Batch
 
 DIMENSIONS: dict[Objective, tuple[tuple[int, ...], str]] = {

@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from continual.errors import ModelError, quoted
+from continual.kinds import Objective
 from continual.models.hub import base_sha256, resolve
 from continual.models.model import Model
 from continual.models.spec import PretrainedSpec
 from continual.models.transformer import LanguageModel, PooledTransformer
-from continual.objective import Objective
 
 _TOKENIZER_FILES = (
     "tokenizer.json",

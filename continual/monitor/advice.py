@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
-from continual.objective import Objective
+from continual.kinds import Objective
 
 PRACTICAL = 100
 """More test rows than so many times those at hand are asked of nobody."""

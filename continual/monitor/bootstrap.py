@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from continual.kinds import Objective
 from continual.monitor.metrics import Floats, bwt, forgetting, mean_known, metric_arrays
-from continual.objective import Objective
 
 CHUNK = 4_000_000
 """Numbers drawn at once (32 MB)."""

@@ -15,8 +15,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from continual.kinds import Objective
 from continual.models.output import Output
-from continual.objective import PRIMARY, Objective, score_rows
+from continual.objective import PRIMARY, score_rows
 from continual.parts.passes import as_at_test
 from continual.table import Batch, Ragged, Table, TensorTable, View, concat, concat_batches, to_device
 

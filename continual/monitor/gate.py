@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -109,6 +110,7 @@ def drop_interval(before_N: ArrayLike, after_N: ArrayLike, level: float) -> tupl
     return float(drop_N.mean()) - half, float(drop_N.mean()) + half
 
 
+@lru_cache(4096)  # many test sets of one size that hardly change
 def tango_interval(lost: int, won: int, rows: int, level: float) -> tuple[float, float]:
     """Tango's score interval of (lost - won) / rows, at confidence 1 - 2 * level.
 

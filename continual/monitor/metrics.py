@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from continual.objective import Objective
+from continual.kinds import Objective
 
 Floats = NDArray[np.float64]
 Initial = Floats | Sequence[float | None] | None

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from continual.errors import StateError, StreamError
+from continual.kinds import Objective
 from continual.models.output import Output
 from continual.monitor.bootstrap import INITIAL, Measured, Resampled, bootstrap, point_matrix
 from continual.monitor.evaluation import score_tables
@@ -36,7 +37,7 @@ from continual.monitor.sets import (
     set_from_state,
     set_state,
 )
-from continual.objective import PRIMARY, Objective
+from continual.objective import PRIMARY
 from continual.parts.replay.select import row_keys
 from continual.state import tensor_bytes
 from continual.table import Batch, Table

@@ -19,11 +19,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from continual.kinds import Objective
 from continual.monitor.advice import advise
 from continual.monitor.gate import paired_drop
 from continual.monitor.metrics import defined
 from continual.monitor.statistics import smallest_detectable_drop
-from continual.objective import PRIMARY, Objective
+from continual.objective import PRIMARY
 
 Status = Literal["new", "kept", "lost some", "forgotten", "cannot tell", "not measured"]
 

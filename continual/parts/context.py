@@ -25,13 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from continual.errors import ModelError, TrainingError
+from continual.kinds import Objective, Scenario
 from continual.models.output import Output
-from continual.objective import Competition, Criterion, Objective, active_classes, loss_rows
+from continual.objective import Competition, Criterion, active_classes, loss_rows
 from continual.parts.part import Part, check_criterion, overriding
 from continual.parts.passes import as_at_test
 from continual.randomness import Randomness
 from continual.streams.batching import evaluation_batches, training_batches
-from continual.streams.experience import Experience, Scenario
+from continual.streams.experience import Experience
 from continual.table import Batch, Table, to_device
 
 # B rows, K classes

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from continual.errors import CompositionError
+from continual.kinds import Objective, Scenario
 from continual.models.output import Output
-from continual.objective import Criterion, Objective
+from continual.objective import Criterion
 from continual.randomness import Randomness
 from continual.spec import Spec, parse
 from continual.state import tensor_bytes
-from continual.streams.experience import Experience, Scenario
+from continual.streams.experience import Experience
 from continual.table import Batch, Table
 
 Slot = Literal["adapter", "head", "replay", "penalty", "distillation", "projection", "recall"]

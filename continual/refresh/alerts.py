@@ -20,12 +20,12 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
+from continual.disk import write_text
 from continual.errors import ContinualError, StateError
 from continual.refresh.prometheus import exposition
 from continual.refresh.records import Manifest, Outcome, Report, record_text
 from continual.refresh.rules import AlertRules
 from continual.refresh.untold import outcome_in, waiting
-from continual.state import write_text
 
 if TYPE_CHECKING:
     from continual.refresh.folder import Folder

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from continual.errors import SpecError, StateError, quoted
-from continual.learner.trust import wishes
 from continual.refresh.rules import Rules
 from continual.strategy import Strategy
+from continual.trust import wishes
 
 
 def check_ladder(strategy: Strategy, rules: Rules) -> None:

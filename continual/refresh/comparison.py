@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.randomness import derive_seed
 from continual.refresh import sentences
 from continual.refresh.copies import contents, near_duplicates

@@ -17,7 +17,7 @@ from scipy.stats import fisher_exact
 from torch import Tensor
 from torch.nn import functional as F
 
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.refresh.shifts import Ints
 from continual.refresh.wording import read_tokens
 from continual.streams.content import Keys, row_keys

@@ -29,13 +29,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from continual.objective import Objective
+from continual.kinds import Objective, Scenario
 from continual.refresh.comparison import Comparison
 from continual.refresh.records import Drift, Found
 from continual.refresh.rules import DriftRules, Finding
 from continual.refresh.sides import Features, Side
 from continual.refresh.wording import Pieces
-from continual.streams.experience import Scenario
 from continual.table import Table, concat
 
 _ORDER: tuple[Finding, ...] = (

@@ -102,7 +102,7 @@ def _erase(folder: Folder, rows: Tensor, trust: Sequence[str]) -> Erasure:
         written.append(version)
     forget_rows(folder.path)
     before = folder.erased()
-    gone = torch.unique(torch.cat([before, rows]))
+    gone = sorted({*before, *rows.tolist()})
     more = (
         f"; the weights of {_listed(trained)} were trained on them, which stays, as does what parts computed from several rows "
         "(sums, curvatures, directions of gradients)"
@@ -111,7 +111,7 @@ def _erase(folder: Folder, rows: Tensor, trust: Sequence[str]) -> Erasure:
     )
     sentence = f"{len(known)} of {len(rows)} rows were erased from {len(written)} versions{more}"
     if manifests or len(gone) > len(before):
-        folder.put_erased(manifests, gone.tolist(), len(known), sentence)
+        folder.put_erased(manifests, gone, len(known), sentence)
     folder.sweep()
     commands = _commands(folder, trained)
     return Erasure(len(rows), len(known), places, tuple(written), tuple(trained), commands, f"{sentence}.")

@@ -30,6 +30,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from continual.disk import check_replaceable, recover_folder, replace_folder, seal_folder
 from continual.errors import CompositionError, StateError
 from continual.learner import Learner
 from continual.models.module import UserModule
@@ -37,7 +38,6 @@ from continual.refresh.card import Card, render_card
 from continual.refresh.plain.head import Head, plain_head
 from continual.refresh.plain.snippet import snippet
 from continual.refresh.plain.write import write_body
-from continual.state import check_replaceable, recover_folder, replace_folder, seal_folder
 
 RECORD = "inference.json"
 FORMAT = 1

@@ -25,15 +25,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import torch
 from annotated_types import Ge
 from filelock import FileLock, Timeout
 from pydantic import Field, StringConstraints
-from torch import Tensor
 
+from continual.disk import flush, read_object
 from continual.errors import StateError
+from continual.kinds import Objective, Scenario
 from continual.models.spec import parse_model_spec
-from continual.objective import Objective
 from continual.provenance import now
 from continual.refresh.journal import Entry, Journal, erased_of, live_entry, manifests_of
 from continual.refresh.objects import Objects, write_bytes
@@ -41,8 +40,6 @@ from continual.refresh.pieces import State, join
 from continual.refresh.records import Count, Digest, Manifest, Piece, Record, Report, read_record, record_text
 from continual.refresh.rules import Rules
 from continual.refresh.untold import drop_void
-from continual.state import flush, read_object
-from continual.streams.experience import Scenario
 from continual.streams.folders import own_cache
 
 OWN = (
@@ -188,7 +185,8 @@ class Folder:
         """Every version there is, rising."""
         if not self.versions.is_dir():
             return []
-        return sorted(int(one.name) for one in self.versions.iterdir() if _NUMBER.fullmatch(one.name) and one.is_dir())
+        with os.scandir(self.versions) as entries:
+            return sorted(int(one.name) for one in entries if _NUMBER.fullmatch(one.name) and one.is_dir())
 
     def manifest(self, version: int) -> Manifest:
         """What a version is made of, as the journal knows it.
@@ -242,13 +240,13 @@ class Folder:
         self.manifest(version)
         return self._digests()[version][-1]
 
-    def erased(self) -> Tensor:
-        """Ids of the rows that were erased, int64 (N,), so that no later update brings them back.
+    def erased(self) -> tuple[int, ...]:
+        """Ids of the rows that were erased, so that no later update brings them back.
 
         Raises:
             StateError: the file that holds them is missing, or not what was written.
         """
-        return torch.tensor(self._again(self._erased).rows, dtype=torch.int64)
+        return self._again(self._erased).rows
 
     def _erased(self) -> Erased:
         path = self.path / "erased.json"

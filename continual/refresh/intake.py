@@ -20,15 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from continual.disk import file_sha256
 from continual.errors import StreamError, quoted, shown
-from continual.objective import Objective
+from continual.kinds import Objective, Scenario
 from continual.refresh.folder import Columns
 from continual.refresh.rules import HoldoutRules
-from continual.state import file_sha256
 from continual.streams.columns import labels_of, replace_columns
 from continual.streams.content import row_keys
 from continual.streams.convert import as_table
-from continual.streams.experience import Scenario
 from continual.streams.sources.files import FilesSource
 from continual.streams.sources.rows import Raw, Values, check_features, class_values, take
 from continual.streams.sources.tabular import TabularSource, decodable

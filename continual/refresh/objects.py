@@ -1,4 +1,7 @@
-"""Files by the SHA-256 of their content: each lies once in the store, however many versions are made of it."""
+"""Files by the SHA-256 of their content: each lies once in the store, however many versions are made of it.
+
+Only what holds tensors needs torch, so that who asks a store where it stands does not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from continual.disk import file_sha256, flush
 from continual.errors import StateError
 from continual.refresh.records import Piece
-from continual.state import file_sha256, flush, read_state_file, state_bytes
 
 
 class Objects:
@@ -35,6 +38,8 @@ class Objects:
         Raises:
             StateError: the disk is full or cannot be written; nothing half-written stays.
         """
+        from continual.state import state_bytes
+
         content = state_bytes(state)
         digest = hashlib.sha256(content).hexdigest()
         path = self.path(digest)
@@ -50,6 +55,8 @@ class Objects:
         Raises:
             StateError: it is missing, or not what was written.
         """
+        from continual.state import read_state_file
+
         self.check(piece, what)
         return read_state_file(self.path(piece.sha256))
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from continual.errors import StreamError, quoted
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.parts.replay.select import row_keys
 from continual.randomness import derive_seed
 from continual.refresh.shifts import Floats, Ints

@@ -1,4 +1,7 @@
-"""The store: a model that is refreshed again and again, and never loses what it knew without saying so."""
+"""The store: a model that is refreshed again and again, and never loses what it knew without saying so.
+
+What trains or reads weights is imported where it is needed: to ask where a store stands takes no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +9,32 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import NonNegativeInt
-from torch import Tensor
 
+from continual.disk import write_text
 from continual.errors import ContinualError, SpecError, StateError, StreamError
-from continual.learner import Learner
-from continual.learner.trust import check_trusted, wishes
-from continual.models.build import base_on_disk, gives_features, module_class
-from continual.models.hub import is_path, resolve
+from continual.kinds import Objective, Scenario
 from continual.models.spec import ModelSpec, ModuleSpec, PretrainedSpec, parse_model_spec
-from continual.objective import Objective
 from continual.provenance import now
-from continual.refresh.alerts import tell_waiting
-from continual.refresh.allowed import asked_by, check_ladder, check_rules
-from continual.refresh.card import Card
-from continual.refresh.erasure import Erasure, erase
-from continual.refresh.export import export_model
 from continual.refresh.folder import Columns, Folder, Settings, make_folder
-from continual.refresh.intake import read_rows, row_ids, salt_of
 from continual.refresh.journal import GOES_LIVE, Entry
-from continual.refresh.page import Event, render_page
 from continual.refresh.plainly import plainly
 from continual.refresh.records import Manifest, Outcome, Report
-from continual.refresh.restored import restored
 from continual.refresh.rules import Rules, explained
 from continual.refresh.status import Status, compare, status_of
 from continual.refresh.untold import waiting
-from continual.refresh.update import Options, Update
 from continual.refresh.verify import verify
 from continual.spec import Spec, parse
-from continual.state import write_text
-from continual.strategy import Strategy
-from continual.streams.experience import Scenario
+from continual.trust import check_trusted, wishes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from continual.learner import Learner
+    from continual.refresh.erasure import Erasure
+    from continual.strategy import Strategy
 
 
 class Store:
@@ -88,6 +83,11 @@ class Store:
             SpecError, CompositionError, ModelError: what was asked for cannot be.
             StateError: the folder is not empty or cannot be written.
         """
+        from continual.models.build import base_on_disk, gives_features
+        from continual.refresh.allowed import asked_by, check_ladder
+        from continual.refresh.intake import salt_of
+        from continual.strategy import Strategy
+
         asked = parse(_Asked, {"seed": seed, "scenario": scenario, "objective": objective}, "the store")
         chosen = Strategy.load(strategy, overrides=overrides)
         if chosen.engine is not None:
@@ -155,6 +155,8 @@ class Store:
 
     def page(self, path: Path | str) -> Path:
         """Write the retention page: every experience over all versions, verdicts, drift, sizes, cost."""
+        from continual.refresh.page import Event, render_page
+
         numbers = self.folder.numbers()
         reports = [(self.folder.manifest(number), self.folder.report(number)) for number in numbers]
         events = [Event(one.time, one.event, one.version, one.sentence) for one in self.history()]
@@ -171,6 +173,9 @@ class Store:
             CompositionError: the strategy's model is of a kind that stock libraries cannot be told of.
             StateError: the folder cannot be written, or holds something else.
         """
+        from continual.refresh.card import Card
+        from continual.refresh.export import export_model
+
         number = self._version(version)
         manifest, report = self.folder.manifest(number), self.folder.report(number)
         line = [self.folder.manifest(one).data for one in self.folder.line(number)]
@@ -231,6 +236,9 @@ class Store:
                 so, and alerts are told (``failed``).
             ContinualError: rows, rules or a store that cannot be; the store is as it was.
         """
+        from continual.refresh.allowed import check_rules
+        from continual.refresh.update import Options, Update
+
         self._check_trust()
         options = Options(name, device, again, abandon, tuple(new_labels), self.trust, progress, accept_drift)
         note = on_note or (lambda sentence: None)
@@ -320,6 +328,8 @@ class Store:
             StreamError: no id is given.
             StateError: rows of this store have no ids, or an update is under way; the store is as it was.
         """
+        from continual.refresh.intake import row_ids
+
         settings = self.folder.settings
         if settings.columns.id is None:
             raise StateError(
@@ -334,10 +344,14 @@ class Store:
 
     def erase_rows(self, rows: Any) -> Erasure:
         """As :meth:`erase`, of rows that are given themselves, in any form that :meth:`update` takes."""
+        from continual.refresh.intake import read_rows
+
         settings = self.folder.settings
         return self._erase(lambda: read_rows(rows, settings.columns, settings.objective, settings.salt).ids)
 
     def _erase(self, rows: Callable[[], Tensor]) -> Erasure:
+        from continual.refresh.erasure import erase
+
         self._check_trust()
         deaf = self._tell()
         with self.folder.writing("erase"), self.folder.cached():
@@ -348,6 +362,9 @@ class Store:
         """Tell what updates have left to be told, where the rules may name whom; a sentence for each who could not be told."""
         with suppress(ContinualError):
             if waiting(self.path, len(self.history())):
+                from continual.refresh.alerts import tell_waiting
+                from continual.refresh.allowed import check_rules
+
                 rules = self.folder.rules
                 check_rules(rules, self.path, set(self.trust))
                 return tell_waiting(self.folder, rules.alerts)
@@ -355,6 +372,8 @@ class Store:
 
     def learner(self, version: int | None = None, *, device: str = "auto") -> Learner:
         """The learner of a version (the live one)."""
+        from continual.refresh.restored import restored
+
         self._check_trust()
         number = self._version(version)
         return restored(self.folder, number, self.trust, device=device, progress=False)
@@ -408,6 +427,9 @@ def _check_columns(columns: Columns) -> None:
 
 def _check_model(spec: ModelSpec, base: str | None) -> None:
     """Raise where what the model is named by is not there; a name of the hub is only looked for when it is needed."""
+    from continual.models.build import module_class
+    from continual.models.hub import is_path, resolve
+
     if isinstance(spec, ModuleSpec):
         module_class(spec)
     if isinstance(spec, PretrainedSpec) and base is None and is_path(spec.name):

@@ -21,11 +21,13 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from continual.disk import recover_folder
 from continual.errors import ContinualError, ModelError, StateError, StreamError, TrainingError, shown
+from continual.kinds import Objective
 from continual.learner import Learner
 from continual.models.build import base_on_disk
 from continual.monitor.evaluation import evaluating
-from continual.objective import PRIMARY, Objective
+from continual.objective import PRIMARY
 from continual.parts.replay.store import KeepsRows
 from continual.provenance import commit, now, versions
 from continual.refresh.alerts import SILENT
@@ -58,7 +60,6 @@ from continual.refresh.rules import GateRules, Happened, Rules
 from continual.refresh.untold import put
 from continual.refresh.wording import word_pieces
 from continual.spec import parse
-from continual.state import recover_folder
 from continual.strategy import Strategy
 from continual.streams.check import require_experience
 from continual.streams.convert import as_experience
@@ -329,7 +330,9 @@ class Update:
 
     def _fresh_rows(self, parent: Learner | None) -> Offered:
         """The rows without those that were erased or given before, of the form and with the labels that they should have."""
-        offered = without(self.offered, self.folder.erased(), "were erased from this store")
+        offered = without(
+            self.offered, torch.tensor(self.folder.erased(), dtype=torch.int64), "were erased from this store"
+        )
         if parent is not None and self.live is not None:
             entries = parent.ledger.entries
             used = [ids for entry in entries for ids in (entry.trained_ids, entry.tested_ids)]

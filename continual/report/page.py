@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from continual.disk import write_text
 from continual.report import figures, numbers
 from continual.report.aggregate import StrategySummary, StreamSummary, aggregate
 from continual.report.findings import FORGETTING_NOTE, best_of, findings, headline
@@ -18,7 +19,6 @@ from continual.report.load import Failure, Result, load_result
 from continual.report.numbers import Scale
 from continual.report.significance import LEVEL, Comparison, compare, with_best
 from continual.report.svg import inline, theme
-from continual.state import write_text
 
 
 @dataclass(frozen=True)

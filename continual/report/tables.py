@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from continual.disk import write_text
 from continual.report.aggregate import aggregate
 from continual.report.latex import latex_tables
 from continual.report.load import Result
 from continual.report.markdown import csv_table
 from continual.report.significance import csv_significance
-from continual.state import write_text
 
 
 def write_tables(results: Sequence[Result], folder: Path, name: str = "report") -> list[Path]:

@@ -73,8 +73,8 @@ def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     They stay as they are where that is not known, or where it could only be known from code that they name.
     """
-    from continual.learner.trust import wishes
     from continual.strategy import Strategy
+    from continual.trust import wishes
 
     try:
         whole = dict(settings) if wishes(settings) else Strategy.load(settings).to_dict()

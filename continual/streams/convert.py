@@ -13,9 +13,9 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data.dataloader import default_collate
 
 from continual.errors import StreamError, quoted
-from continual.objective import Objective
+from continual.kinds import Objective, Scenario
 from continual.streams.columns import labels_of, named, replace_columns
-from continual.streams.experience import Experience, Scenario
+from continual.streams.experience import Experience
 from continual.streams.labels import unused
 from continual.streams.sources.rows import PARTS, Part, Values, class_indices, float_targets
 from continual.table import IGNORED, ArrowTable, Ragged, Table, TensorTable

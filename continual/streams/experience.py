@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
-from continual.objective import Objective
+from continual.kinds import Objective, Scenario
 from continual.table import Table
-
-Scenario = Literal["task", "domain", "class"]
 
 
 @dataclass(frozen=True)

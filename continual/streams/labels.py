@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from continual.errors import StreamError
-from continual.streams.experience import Scenario
+from continual.kinds import Scenario
 from continual.streams.splits import Piece
 
 

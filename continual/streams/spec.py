@@ -9,10 +9,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, model_validator
 
 from continual.errors import SpecError, unknown
+from continual.kinds import Objective, Scenario
 from continual.library import find_spec
-from continual.objective import Objective
 from continual.spec import Spec, parse, read_yaml
-from continual.streams.experience import Scenario
 from continual.streams.sources.arrays import ArraysSource
 from continual.streams.sources.avalanche import AvalancheSource
 from continual.streams.sources.digits import DigitsSource

@@ -15,12 +15,12 @@ from typing import Any, overload
 import torch
 
 from continual.errors import StreamError
-from continual.objective import Objective
+from continual.kinds import Objective, Scenario
 from continual.spec import parse
 from continual.streams.columns import Lookup, Shift, replace_columns
 from continual.streams.content import labels_key, row_keys
 from continual.streams.convert import as_experience
-from continual.streams.experience import Experience, Scenario
+from continual.streams.experience import Experience
 from continual.streams.folders import Place
 from continual.streams.labels import Ids, assign
 from continual.streams.sources.rows import PARTS, Part, Rows

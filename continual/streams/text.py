@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.streams.content import text_key
 from continual.streams.folders import cache_folder
 from continual.streams.sources.tabular import quiet

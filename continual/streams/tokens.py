@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from continual.errors import StreamError
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.table import IGNORED
 
 Texts = dict[str, Sequence[Any]]

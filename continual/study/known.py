@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from continual.errors import ContinualError, StateError
-from continual.learner.trust import wishes
 from continual.models.build import base_on_disk
 from continual.report.load import CELL, RESULT, load_result
 from continual.strategy import Strategy
 from continual.streams.spec import read_stream_spec
 from continual.streams.stream import Stream
 from continual.study.spec import Cell
+from continual.trust import wishes
 
 BEGUN = "run.json"
 _PLACES = ("data", "device")

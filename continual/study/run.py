@@ -25,10 +25,10 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from continual import provenance
+from continual.disk import alone, write_text
 from continual.errors import ContinualError, StateError
 from continual.learner.core import resolve_device
 from continual.report.load import CELL, ERROR, RESULT, Failure, load_result
-from continual.state import alone, write_text
 from continual.study.known import BEGUN, Sources, digest, recorded_settings, same_settings
 from continual.study.spec import Cell, Study
 from continual.study.worker import TRACEBACK, Worker, message_of

@@ -15,10 +15,10 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from continual.disk import write_text
 from continual.errors import ContinualError, StateError
 from continual.report.load import ERROR, load_result
 from continual.spec import load_object
-from continual.state import write_text
 
 TRACEBACK = "traceback.txt"
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
+from continual.disk import read_object, write_text
 from continual.errors import StateError, shown
-from continual.state import read_object, write_text
 from continual.strategy import Strategy
 
 ASKED, TRIALS, TABLE, CHOSEN = "tune.json", "trials.json", "trials.csv", "tuned.yaml"

@@ -20,13 +20,13 @@ from typing import Any
 from torch import nn
 
 from continual import provenance
+from continual.disk import alone
 from continual.errors import CompositionError, SpecError, StateError, TrainingError
+from continual.kinds import Scenario
 from continual.learner import Learner
 from continual.models.build import gives_features
 from continual.objective import PRIMARY
-from continual.state import alone
 from continual.strategy import Strategy
-from continual.streams.experience import Scenario
 from continual.streams.spec import read_stream_spec
 from continual.streams.stream import Stream
 from continual.tune.propose import sampler

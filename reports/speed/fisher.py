@@ -16,8 +16,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from continual.kinds import Objective
 from continual.models.output import Output
-from continual.objective import Objective
 from continual.parts.context import TrainingContext
 from continual.parts.penalty.fisher import diagonal_fisher
 from continual.table import Batch

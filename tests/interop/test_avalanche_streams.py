@@ -26,9 +26,9 @@ from continual import Learner, Stream
 from continual.errors import SpecError, StreamError
 from continual.foreign import quiet
 from continual.interop.avalanche import benchmark_from, stream_from
+from continual.kinds import Scenario
 from continual.randomness import Randomness
 from continual.streams.check import check_stream
-from continual.streams.experience import Scenario
 from continual.streams.folders import Place
 from continual.streams.sources.avalanche import AvalancheSource
 from continual.streams.sources.experiences import as_tensor, read_rows

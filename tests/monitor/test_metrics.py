@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
+from continual.kinds import Objective
 from continual.monitor import metrics as M
-from continual.objective import Objective
 
 NAN = math.nan
 

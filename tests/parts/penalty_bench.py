@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from continual.kinds import Objective
 from continual.models.output import Output
-from continual.objective import Objective, loss_rows
+from continual.objective import loss_rows
 from continual.randomness import Randomness
 from continual.table import Batch, Table
 

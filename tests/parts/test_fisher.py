@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from continual.errors import CompositionError, TrainingError
+from continual.kinds import Objective
 from continual.models.lowrank import adapted_layers, effective_weight
-from continual.objective import Objective
 from continual.parts.penalty import fisher_forms
 from continual.parts.penalty.fisher import diagonal_fisher
 from continual.table import Batch, TensorTable

@@ -16,11 +16,20 @@ from peft import PeftModel
 from text_bench import text_stream, tiny_bert
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from continual import Learner, Strategy
 from continual.errors import CompositionError, ModelError, SpecError
 from continual.models.model import Model
+from continual.models.module import UserModule
 from continual.models.transformer import LanguageModel, PooledTransformer, pool
 from continual.parts.adapter.prefix import Prefix
 from continual.parts.adapter.prompt import Prompt
@@ -278,6 +287,15 @@ def test_what_cannot_be_is_refused(kind: str) -> None:
     ):
         with pytest.raises(SpecError, match=words):
             KINDS[kind](**settings)
+
+
+@both
+def test_a_classifier_that_pools_one_place_is_refused(kind: str) -> None:
+    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=64)
+    inner = UserModule(BertForSequenceClassification(config), "classification")
+    model = Model(inner, gives_features=False, objectives=("classification",), spec={})
+    with pytest.raises(CompositionError, match=r"BertForSequenceClassification takes its answer from .* one token"):
+        Bench("bert", KINDS[kind](), model).begin(0, 1)
 
 
 def test_a_prefix_needs_a_cache() -> None:

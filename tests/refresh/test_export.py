@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from continual import Learner, Strategy, Stream
+from continual.disk import check_seal
 from continual.errors import CompositionError, ModelError, StateError, TrainingError
 from continual.models.transformer import pool
 from continual.monitor.evaluation import evaluating
@@ -44,7 +45,7 @@ from continual.refresh.card import Card
 from continual.refresh.export import export_model
 from continual.refresh.plain.head import plain_head
 from continual.refresh.records import Check, Data, Judgement, Measured
-from continual.state import check_seal, save_state
+from continual.state import save_state
 from continual.table import Batch, TensorTable
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT 0.21 passes what transformers 5.23 and 5.24 renamed (November 2026)

@@ -14,9 +14,10 @@ from store_records import outcome
 from test_cli import continual
 
 from continual.errors import StateError
-from continual.refresh import Outcome, Store, alerts, store, untold
+from continual.refresh import Outcome, Store, alerts, untold
 from continual.refresh.folder import Folder
 from continual.refresh.records import Found
+from continual.refresh.update import Update
 
 LOOSE = "gate: {max_drop: 0.9, unsure: promote}\n"
 HEARS = "import sys; open('told', 'a').write(sys.stdin.read())"
@@ -93,7 +94,7 @@ COMMANDS = {
 def test_killed_after_going_live_the_next_command_tells_it(
     where: str, name: str, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    owner = {"_point": Folder, "_done": store.Update, "tell_waiting": store}[where]
+    owner = {"_point": Folder, "_done": Update, "tell_waiting": alerts}[where]
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(owner, where, dies)
         learn(path)
@@ -124,7 +125,7 @@ def test_what_never_came_true_is_not_told(path: Path, monkeypatch: pytest.Monkey
 def test_what_was_refused_is_kept_as_well(gate: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ruled(path, gate=gate)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(store, "tell_waiting", dies)
+        patch.setattr(alerts, "tell_waiting", dies)
         learn(path)
     trusted(path).abandon()
     assert [one["happened"] for one in told(path)] == ["failed" if "floor" in gate else "cannot tell"]
@@ -135,7 +136,7 @@ def test_what_was_refused_is_kept_as_well(gate: str, path: Path, monkeypatch: py
 def test_what_drift_stopped_is_kept_as_well(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ruled(path, more="drift: {stop: [unknown-classes]}\n")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(store, "tell_waiting", dies)
+        patch.setattr(alerts, "tell_waiting", dies)
         learn(path)
     trusted(path).abandon()
     assert [(one["happened"], one["version"]) for one in told(path)] == [("stopped", None)]
@@ -157,14 +158,14 @@ def test_one_that_fails_was_told(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert learn(path).notes[-1] == failed and len(told(path)) == 1 and kept(path) == []
     assert failed not in trusted(path).promote(1) and len(told(path)) == 1
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(store, "tell_waiting", dies)
+        patch.setattr(alerts, "tell_waiting", dies)
         learn(path, 2)
     assert trusted(path).promote(2).endswith(failed) and len(told(path)) == 2
 
 
 def test_it_waits_for_a_command_that_may_tell(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(store, "tell_waiting", dies)
+        patch.setattr(alerts, "tell_waiting", dies)
         learn(path)
     assert "made live" in Store(path).promote(1) and told(path) == [] and len(kept(path)) == 1
     done = continual("store", "promote", "store", "2", "--trust", sys.executable, cwd=path.parent)

@@ -14,8 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from continual.foreign import imported, quiet
-from continual.objective import Objective
-from continual.streams.experience import Scenario
+from continual.kinds import Objective, Scenario
 from continual.streams.stream import Stream
 
 if TYPE_CHECKING:

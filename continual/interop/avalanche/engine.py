@@ -19,8 +19,8 @@ from torch import nn
 from continual.engine import Engine, Trained
 from continual.errors import CompositionError, ContinualError, SpecError, TrainingError
 from continual.foreign import imported, quiet
+from continual.kinds import Objective
 from continual.models.output import Output
-from continual.objective import Objective
 from continual.parts.context import TrainingContext
 from continual.spec import Spec
 from continual.state import tensor_bytes

@@ -30,12 +30,12 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
 from continual.errors import CompositionError, quoted
+from continual.kinds import Objective, Scenario
 from continual.models.output import Output
-from continual.objective import Objective
 from continual.parts.context import TrainingContext
 from continual.parts.part import SLOTS, Part
 from continual.parts.replay.rehearsal import Rehearsal
-from continual.streams.experience import Experience, Scenario
+from continual.streams.experience import Experience
 from continual.streams.sources.experiences import read_rows
 from continual.table import Batch, Table
 

@@ -16,8 +16,8 @@ from avalanche.training.plugins import SupervisedPlugin
 from avalanche.training.templates import SupervisedTemplate
 
 from continual.errors import CompositionError, SpecError, unknown
+from continual.kinds import Scenario
 from continual.spec import load_object
-from continual.streams.experience import Scenario
 
 OURS = {
     "model": "the model of the run",

@@ -15,9 +15,9 @@ from transformers import Trainer
 from transformers.models.auto import modeling_auto
 
 from continual.errors import CompositionError, ModelError, quoted
+from continual.kinds import Objective
 from continual.models.model import Model
 from continual.models.module import UserModule
-from continual.objective import Objective
 from continual.strategy import Strategy
 
 OWN = ("Continual", "ContinualMixin")

@@ -24,15 +24,14 @@ from continual.interop.transformers.mixin import ContinualMixin, Rider
 from continual.interop.transformers.rows import DatasetTable, row_ids
 from continual.interop.transformers.session import Session
 from continual.interop.transformers.state import read_state, restore, session_state
+from continual.kinds import Objective, Scenario
 from continual.learner.checkpoint import check_same
 from continual.monitor.monitor import Monitor
-from continual.objective import Objective
 from continual.parts.adapter.adalora import AdaLoRA
 from continual.parts.adapter.export import export_adapter
 from continual.parts.adapter.lora import LoRA
 from continual.state import save_state
 from continual.strategy import Strategy
-from continual.streams.experience import Scenario
 
 FOLDER = "continual"
 """Beside the trainer's own files in a checkpoint."""

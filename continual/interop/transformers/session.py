@@ -21,19 +21,19 @@ from torch import Tensor, nn
 from continual.errors import StateError, StreamError
 from continual.interop.transformers.fit import digest, wrapped
 from continual.interop.transformers.rows import DatasetTable, batch_of, owned
+from continual.kinds import Objective, Scenario
 from continual.learner.ledger import Ledger
 from continual.learner.update import Update
 from continual.models.model import Model
 from continual.models.module import UserModule
 from continual.monitor.evaluation import evaluating, score_tables
 from continual.monitor.monitor import Monitor
-from continual.objective import Objective
 from continual.parts.context import TrainingContext, not_finite
 from continual.parts.part import Part
 from continual.randomness import Randomness
 from continual.strategy import Strategy
 from continual.streams.content import row_keys
-from continual.streams.experience import Experience, Scenario
+from continual.streams.experience import Experience
 from continual.table import Batch
 
 

@@ -13,10 +13,10 @@ from typing import Any
 from continual.errors import ModelError, StateError, quoted
 from continual.interop.transformers.session import Session
 from continual.learner.checkpoint import table_from_state, table_state
-from continual.learner.trust import check_trusted, wishes
 from continual.monitor.monitor import Monitor
 from continual.state import load_state
 from continual.strategy import Strategy
+from continual.trust import check_trusted, wishes
 
 FORMAT = 2
 NEEDED = {"format", "in", "strategy", "strategy_name", "seed", "objective", "scenario", "names", "parts", "weights"}

@@ -24,12 +24,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from continual.disk import replace_folder, seal_folder
 from continual.errors import CompositionError, ModelError, SpecError, StateError
 from continual.models.lowrank import Fold, fold, is_transposed, stack_folds
 from continual.parts.adapter.common import Adapters, transformer_of
 from continual.parts.adapter.merging import METHODS, Method, check_merge, merge
 from continual.parts.adapter.targets import shortest, task_heads
-from continual.state import replace_folder, seal_folder
 
 RECORD = "continual.json"
 

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from continual.errors import CompositionError
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.parts.adapter.routing import APART, PROTOTYPES, Routing, check_routing
 from continual.parts.adapter.virtual import CACHE, VirtualTokens, longer_mask, taken
 from continual.parts.part import Context, Part, Slot

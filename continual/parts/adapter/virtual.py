@@ -182,12 +182,22 @@ def taken(transformer: nn.Module, arguments: tuple[str, ...]) -> str | None:
 
 
 def check_transformer(transformer: nn.Module, name: str, arguments: tuple[str, ...]) -> None:
-    """Raise :class:`CompositionError` unless it reads tokens and its ``forward`` names one of ``arguments``."""
+    """Raise :class:`CompositionError` unless it reads tokens, gives something for each, and names one of ``arguments``.
+
+    A classifier of transformers' answers from the place of the first token, or of the last that is no padding: places that virtual
+    tokens move.
+    """
     parameters = inspect.signature(transformer.forward).parameters
     if not hasattr(transformer, "get_input_embeddings") or not {"input_ids", "attention_mask"} <= parameters.keys():
         raise CompositionError(
             f"{name} puts virtual tokens before those of a row, and {type(transformer).__name__} reads none: take a "
             "transformer of Hugging Face, or adapter kind 'lora'."
+        )
+    whole: Any = transformer
+    if getattr(whole, "base_model", whole) is not whole and whole.get_output_embeddings() is None:
+        raise CompositionError(
+            f"{name} puts virtual tokens before those of a row, and {type(transformer).__name__} takes its answer from the place of "
+            "one token: give the name of its base instead, which a head of ours goes on, or take adapter kind 'lora'."
         )
     if taken(transformer, arguments) is None:
         raise CompositionError(

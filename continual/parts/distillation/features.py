@@ -17,8 +17,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from continual.kinds import Objective
 from continual.models.output import Output
-from continual.objective import Objective
 from continual.parts.distillation.teacher import Teacher
 from continual.parts.part import Context, Part, Slot
 from continual.spec import Spec

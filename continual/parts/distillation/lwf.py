@@ -23,8 +23,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from continual.kinds import Objective
 from continual.models.output import Output
-from continual.objective import Criterion, Objective
+from continual.objective import Criterion
 from continual.parts.distillation.teacher import Teacher
 from continual.parts.part import Context, Part, Slot
 from continual.spec import Spec

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.parts.head.class_sums import ClassSums, features_model
 from continual.parts.head.closed_form import UNKNOWN
 from continual.parts.head.linear import LinearHead

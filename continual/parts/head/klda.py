@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.parts.head.closed_form import EXCLUDES, ClosedForm
 from continual.parts.head.discriminant import Discriminants
 from continual.parts.head.lift import Lift

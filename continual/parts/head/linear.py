@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from continual.errors import CompositionError, StreamError
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.parts.head.class_sums import class_sums, features_model
 from continual.parts.part import Context, Part, Slot
 from continual.spec import Spec

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.parts.head.class_sums import ClassSums
 from continual.parts.head.closed_form import EXCLUDES, ClosedForm, Solution
 from continual.parts.head.lift import Lift

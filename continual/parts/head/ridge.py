@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from continual.errors import TrainingError
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.parts.head.class_sums import ClassSums
 from continual.parts.head.closed_form import EXCLUDES, ClosedForm, Solution
 from continual.parts.head.lift import Lift, Projection

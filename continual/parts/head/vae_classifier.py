@@ -28,8 +28,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from continual.errors import CompositionError, TrainingError, quoted
+from continual.kinds import Objective
 from continual.models.vae import ConditionalVAE, Likelihood
-from continual.objective import Objective
 from continual.parts.head.class_sums import check_steady, features_model, sweep
 from continual.parts.head.closed_form import UNKNOWN
 from continual.parts.part import Context, Part, Slot

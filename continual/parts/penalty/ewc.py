@@ -17,7 +17,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from continual.objective import Criterion, Objective
+from continual.kinds import Objective
+from continual.objective import Criterion
 from continual.parts.part import Context, Part, Slot
 from continual.parts.penalty.fisher import diagonal_fisher
 from continual.parts.penalty.fisher_labels import Labels, check_labels

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from continual import objective as objectives
 from continual.errors import CompositionError
+from continual.kinds import Objective
 from continual.models.output import Output
-from continual.objective import Objective, mask_logits
+from continual.objective import mask_logits
 from continual.parts.part import Context
 from continual.parts.penalty.fisher_forms import LIMIT
 from continual.table import IGNORED, Batch

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.parts.part import Context, Part, Slot
 from continual.parts.penalty.springs import add_to_gradients
 from continual.parts.projection.memory_gradient import memory_gradient

@@ -25,9 +25,9 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from continual.errors import CompositionError, TrainingError
+from continual.kinds import Objective
 from continual.models.lowrank import adapted_layers
 from continual.models.output import Output
-from continual.objective import Objective
 from continual.parts.part import Context, Part, Slot
 from continual.parts.penalty.fisher_labels import Target
 from continual.parts.penalty.rowwise import Stacks, per_row

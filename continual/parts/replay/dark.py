@@ -30,8 +30,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
+from continual.kinds import Objective
 from continual.models.output import Output
-from continual.objective import Objective
 from continual.parts.part import Context, Part, Slot
 from continual.parts.replay.cycle import Cycle
 from continual.parts.replay.mix import join

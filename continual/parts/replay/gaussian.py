@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+from continual.kinds import Objective
 from continual.models.output import Output
-from continual.objective import Objective
 from continual.parts.head.class_sums import check_steady, features_model, sweep
 from continual.parts.part import Context, Part, Slot
 from continual.parts.replay.gaussians import Covariance, Gaussians

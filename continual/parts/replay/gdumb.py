@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.parts.part import Context, Part, Slot
 from continual.parts.replay.cycle import Cycle
 from continual.parts.replay.store import Store, StoreSettings

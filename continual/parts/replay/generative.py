@@ -26,9 +26,10 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from continual.errors import CompositionError, TrainingError, quoted
+from continual.kinds import Objective
 from continual.models.output import Output
 from continual.models.vae import ConditionalVAE, Likelihood
-from continual.objective import Objective, mask_logits
+from continual.objective import mask_logits
 from continual.parts.part import Context, Part, Slot
 from continual.parts.passes import as_at_test
 from continual.parts.replay.mix import ExperienceWeights, join, replay_count

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
+from continual.kinds import Objective
 from continual.models.output import Output
-from continual.objective import Objective
 from continual.parts.part import Context, Part, Slot
 from continual.parts.replay.cycle import Cycle
 from continual.parts.replay.herding import check_features

@@ -13,7 +13,7 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
 from continual.errors import CompositionError
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.parts.part import Context
 from continual.parts.replay.columns import parse_bytes
 from continual.parts.replay.herding import herding_keys

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from continual.errors import StreamError
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.spec import Spec
 from continual.streams.columns import labels_of
 from continual.streams.convert import as_table

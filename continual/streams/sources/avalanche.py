@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, field_serializer, model_validator
 
 from continual.errors import SpecError, StreamError, unknown
 from continual.foreign import imported, quiet
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.randomness import Randomness
 from continual.spec import Spec
 from continual.streams.folders import Place, cache_folder, data_folder

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.spec import Spec
 from continual.streams.folders import Place
 from continual.streams.sources.rows import Part, Raw, Rows, assemble, stratified, take

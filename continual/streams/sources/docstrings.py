@@ -20,10 +20,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from continual.disk import write_text
 from continual.errors import StateError, StreamError, quoted
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.spec import Spec
-from continual.state import write_text
 from continual.streams.folders import Place, cache_folder
 from continual.streams.sources.rows import PARTS, Part, Raw, Rows, assemble
 from continual.table import TensorTable

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from continual.errors import StreamError, quoted
-from continual.streams.experience import Scenario
+from continual.kinds import Scenario
 from continual.streams.sources.rows import Part, Raw, Rows, assemble
 from continual.table import TensorTable
 

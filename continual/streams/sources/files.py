@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 
 from continual.errors import StreamError, quoted
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.spec import Spec
 from continual.streams.content import row_keys
 from continual.streams.folders import Place, cache_folder

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from continual.errors import StreamError, quoted
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.streams.folders import Place
 from continual.streams.sources.files import PART_NAMES, Shares, split_off
 from continual.streams.sources.rows import Part, Raw, Rows, assemble

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 
 from continual.errors import StreamError
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.spec import Spec
 from continual.streams.folders import Place, cache_folder
 from continual.streams.sources.digits import hold_out

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from continual.errors import StreamError, quoted
-from continual.objective import Objective
+from continual.kinds import Objective, Scenario
 from continual.streams.columns import replace_columns
 from continual.streams.content import TEXTS, finite_rows, row_keys
-from continual.streams.experience import Scenario
 from continual.streams.times import times_of
 from continual.table import ArrowTable, Table, TensorTable
 

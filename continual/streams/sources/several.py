@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from continual.errors import StreamError, quoted
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.streams.content import row_keys
 from continual.streams.sources.rows import Raw, class_values, take
 from continual.table import ArrowTable, Table, TensorTable

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, StrictInt
 
 from continual.errors import StreamError, nearest, quoted
-from continual.objective import Objective
+from continual.kinds import Objective
 from continual.spec import Spec
 from continual.streams.columns import named
 from continual.streams.content import TEXTS
