@@ -97,12 +97,19 @@ def update_command(
     ] = False,
     new_labels: Annotated[
         list[str] | None,
-        typer.Option("--new-label", help="A label that is a class of its own although it looks like a known one."),
+        typer.Option("--new-label", help="A label that is a class of its own although it looks like another."),
     ] = None,
+    accept_drift: Annotated[
+        bool, typer.Option("--accept-drift", help="Learn rows that the rules stop for how they differ; it is kept.")
+    ] = False,
     trust: Trust = None,
     as_json: AsJson = False,
 ) -> None:
-    """Learn new rows, measure all earlier ones, and go live if the gate says so: exit 0 live, 3 refused, 4 cannot tell."""
+    """Learn new rows, measure all earlier ones, and go live if the gate says so.
+
+    Exit status: 0 live, or known already; 1 it could not be done; 3 refused by the gate, or taken back by a rollback; 4 the rows
+    cannot tell; 5 stopped by drift.
+    """
     from continual.refresh import Store
 
     outcome = Store(store, trust=trust or ()).update(
@@ -112,20 +119,21 @@ def update_command(
         again=again,
         abandon=abandon,
         new_labels=new_labels or (),
+        accept_drift=accept_drift,
         on_note=lambda note: print(f"note: {note}", file=sys.stderr, flush=True),
     )
     print(outcome.model_dump_json(indent=1) if as_json else shown(outcome))
-    status = {"failed": 3, "stopped": 3, "cannot tell": 4}.get(outcome.happened, 0)
+    status = {"failed": 3, "rolled back": 3, "cannot tell": 4, "stopped": 5}.get(outcome.happened, 0)
     if status:
         raise typer.Exit(status)
 
 
 @store_app.command("abandon")
-def abandon_command(store: Place) -> None:
+def abandon_command(store: Place, trust: Trust = None) -> None:
     """Give up an update that broke off; its own command would go on with it."""
     from continual.refresh import Store
 
-    print(Store(store).abandon())
+    print(Store(store, trust=trust or ()).abandon())
 
 
 @store_app.command("status")
@@ -201,11 +209,13 @@ def predict_command(
 
 
 @store_app.command("promote")
-def promote_command(store: Place, version: Annotated[int, typer.Argument(help="To make live.")]) -> None:
+def promote_command(
+    store: Place, version: Annotated[int, typer.Argument(help="To make live.")], trust: Trust = None
+) -> None:
     """Make a version live that the gate held back, or an earlier one."""
     from continual.refresh import Store
 
-    print(Store(store).promote(version))
+    print(Store(store, trust=trust or ()).promote(version))
 
 
 @store_app.command("rollback")
@@ -214,11 +224,12 @@ def rollback_command(
     version: Annotated[
         int | None, typer.Argument(help="Default: the one before the live one, in its own line.")
     ] = None,
+    trust: Trust = None,
 ) -> None:
     """Make a version live that was live before; the next update goes on from there."""
     from continual.refresh import Store
 
-    print(Store(store).rollback(version))
+    print(Store(store, trust=trust or ()).rollback(version))
 
 
 @store_app.command("erase")

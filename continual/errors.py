@@ -37,7 +37,15 @@ class StateError(ContinualError):
 
 
 class TrainingError(ContinualError):
-    """Training that cannot go on, such as a loss that is not finite."""
+    """Training that cannot go on, such as a loss that is not finite.
+
+    Args:
+        lasting: the sentence without what it quotes of rows, for files from which nothing can be erased; None where it quotes none.
+    """
+
+    def __init__(self, sentence: str, lasting: str | None = None) -> None:
+        super().__init__(sentence)
+        self.lasting = lasting or sentence
 
 
 def quoted(names: Iterable[object]) -> str:

@@ -26,10 +26,10 @@ class Erasing(Saving):
         let go, and with ``folder`` its checkpoint is written anew. So neither the learner nor what it saves holds them. Probes
         have no ids of the stream and stay.
 
-        What was *trained on* them stays: weights and the optimiser's moments, sums and curvatures over several rows (class
-        sums, a Fisher), directions of gradients (OGD), generators and autoencoders. Only training anew without the rows takes
-        their part out of these. Not the learner's, and left alone: the caller's own tables, earlier saves, and the cache of
-        tokens.
+        What was *trained on* them stays: weights (those that a head's ``init: mean`` began with too, which GDumb keeps) and the
+        optimiser's moments, what was computed from several rows (class sums, a Fisher, directions of gradients), generators and
+        autoencoders. Only training anew without the rows takes their part out of these. Not the learner's, and left alone: the
+        caller's own tables, earlier saves, and the cache of tokens.
 
         Afterwards everything goes on. After a :meth:`run`, take the rows out of the stream as well: the next one goes on with
         what is left of it, and no longer asks whether it is the same stream, but for its classes.

@@ -337,9 +337,14 @@ def not_finite(step: int, terms: Sequence[tuple[str, Tensor]], batch: Batch) -> 
     culprits = [name for name, term in terms if not bool(torch.isfinite(term))] or ["the sum of all terms"]
     rows = batch["row"].tolist() if "row" in batch else []
     shown = ", ".join(str(row) for row in rows[:16]) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
+    what, advice = (
+        f"the loss is not finite at step {step} (from {', '.join(culprits)}",
+        "lower training.lr, set training.clip",
+    )
+    kept = "the weights of the last good step are kept"
     return TrainingError(
-        f"the loss is not finite at step {step} (from {', '.join(culprits)}; rows {shown or 'without ids'}): the weights "
-        "of the last good step are kept; lower training.lr, set training.clip, or look at these rows."
+        f"{what}; rows {shown or 'without ids'}): {kept}; {advice}, or look at these rows.",
+        f"{what}): {kept}; {advice}.",
     )
 
 

@@ -15,13 +15,23 @@ from functools import partial
 from http.client import HTTPMessage, InvalidURL
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from filelock import FileLock, Timeout
+
 from continual.disk import write_text
+from continual.errors import ContinualError, StateError
 from continual.refresh.prometheus import exposition
 from continual.refresh.records import Manifest, Outcome, Report, record_text
 from continual.refresh.rules import AlertRules
+from continual.refresh.untold import outcome_in, waiting
+
+if TYPE_CHECKING:
+    from continual.refresh.folder import Folder
+
+SILENT = ("known", "rolled back")
+"""What of nobody is told: nothing was done."""
 
 _TAIL = 200
 """Characters of a command's output that a sentence shows."""
@@ -31,11 +41,11 @@ def tell(outcome: Outcome, rules: AlertRules, store: Path, live: tuple[Manifest,
     """Tell everyone whom the rules name; returns one sentence for each who could not be told.
 
     Args:
-        outcome: handed on as JSON. Rows that were known already (``known``) are told to nobody.
+        outcome: handed on as JSON. Of rows that were known already (``known``, ``rolled back``) nobody is told.
         store: the folder of the store; the command runs in it, and a relative path of the Prometheus file begins there.
         live: what is written of the version that is live, for the Prometheus file.
     """
-    if outcome.happened == "known":
+    if outcome.happened in SILENT:
         return []
     told: list[tuple[str, Callable[[], str | None]]] = []
     command, webhook, prometheus = rules.command, rules.webhook, rules.prometheus
@@ -48,6 +58,44 @@ def tell(outcome: Outcome, rules: AlertRules, store: Path, live: tuple[Manifest,
         told.append((f"the Prometheus file '{prometheus}'", partial(_write, store / prometheus, outcome, live)))
     found = [(who, _failure(attempt)) for who, attempt in told]
     return [f"{who} was not told: {why}." for who, why in found if why is not None]
+
+
+def tell_waiting(folder: Folder, rules: AlertRules) -> list[str]:
+    """Tell what updates of a store have left to be told, each at least once, whether it is heard or not.
+
+    Not inside :meth:`~continual.refresh.folder.Folder.writing`, so that a command that is told may write to the store itself.
+    Where another process tells already, it is left to that one, which looks again when it is done.
+
+    Returns:
+        One sentence for each who could not be told.
+    """
+    deaf: list[str] = []
+    while waiting(folder.path, len(folder.journal.read())):
+        lock = FileLock(folder.path / ".telling")
+        try:
+            lock.acquire(timeout=0)
+        except (Timeout, OSError):
+            break
+        try:
+            for path in waiting(folder.path, len(folder.journal.read())):
+                deaf += _tell_file(folder, path, rules)
+                path.unlink(missing_ok=True)
+        except OSError:
+            break  # it is told again by the next command
+        finally:
+            lock.release()
+    return deaf
+
+
+def _tell_file(folder: Folder, path: Path, rules: AlertRules) -> list[str]:
+    try:
+        outcome = outcome_in(path)
+    except StateError as error:
+        return [f"nobody was told of an update, since {str(error).rstrip('.')}: see `continual store history`."]
+    live = None
+    with suppress(ContinualError):  # a damaged version must not keep anybody from hearing of it
+        live = None if outcome.live is None else (folder.manifest(outcome.live), folder.report(outcome.live))
+    return tell(outcome, rules, folder.path, live)
 
 
 def _failure(attempt: Callable[[], str | None]) -> str | None:

@@ -23,6 +23,7 @@ from continual.refresh.measuring import measured_in
 from continual.refresh.pieces import entries_of, split
 from continual.refresh.records import Drift, Measured, Piece, Report, record_text
 from continual.refresh.restored import restored, whole
+from continual.refresh.untold import forget_rows
 from continual.refresh.verify import verify
 
 
@@ -99,9 +100,15 @@ def _erase(folder: Folder, rows: Tensor, trust: Sequence[str]) -> Erasure:
         changed: dict[str, Any] = {"pieces": pieces, "parent_manifest": parent, "erased": manifest.erased + 1}
         manifests[version] = folder.stage(manifest.model_copy(update=changed), report)
         written.append(version)
+    forget_rows(folder.path)
     before = folder.erased()
     gone = sorted({*before, *rows.tolist()})
-    more = f"; the weights of {_listed(trained)} were trained on them" if trained else ""
+    more = (
+        f"; the weights of {_listed(trained)} were trained on them, which stays, as does what parts computed from several rows "
+        "(sums, curvatures, directions of gradients)"
+        if trained
+        else ""
+    )
     sentence = f"{len(known)} of {len(rows)} rows were erased from {len(written)} versions{more}"
     if manifests or len(gone) > len(before):
         folder.put_erased(manifests, gone, len(known), sentence)
@@ -157,10 +164,7 @@ def _again(report: Report, monitor: Monitor) -> tuple[Measured, ...]:
 
 def _without_names(report: Report) -> Report:
     """Without what its findings quote of single rows."""
-    found = tuple(
-        one.model_copy(update={"names": ()}) if one.kind in ("near-duplicates", "leakage") else one
-        for one in report.drift.found
-    )
+    found = tuple(one.without_rows() for one in report.drift.found)
     drift: Drift = report.drift.model_copy(update={"found": found})
     return report.model_copy(update={"drift": drift})
 

@@ -39,11 +39,22 @@ from continual.refresh.objects import Objects, write_bytes
 from continual.refresh.pieces import State, join
 from continual.refresh.records import Count, Digest, Manifest, Piece, Record, Report, read_record, record_text
 from continual.refresh.rules import Rules
+from continual.refresh.untold import drop_void
 from continual.streams.folders import own_cache
 
 OWN = (
-    *("store.json", "rules.yaml", "CURRENT", "journal.jsonl", "erased.json", ".lock", ".holder"),
-    *("versions", "objects", "staged", "work", "cache"),
+    *(
+        "store.json",
+        "rules.yaml",
+        "CURRENT",
+        "journal.jsonl",
+        "journal.end",
+        "erased.json",
+        ".lock",
+        ".holder",
+        ".telling",
+    ),
+    *("versions", "objects", "staged", "work", "cache", "untold"),
 )
 """What lies in a store, all of it its own."""
 READS = 5
@@ -386,6 +397,8 @@ class Folder:
             for left in folder.glob(".*.tmp"):
                 shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
         entries = self._entries()
+        self.journal.seal()
+        drop_void(self.path, len(entries))
         self._settle(entries)
         if entries and entries[-1].event == "erased":
             with suppress(StateError):  # a damaged version must not keep anybody from rolling back
@@ -549,7 +562,7 @@ def make_folder(path: Path, settings: Settings, rules: str) -> Folder:
         )
         write_bytes(path / "store.json", content)
     except BaseException:
-        for name in ("rules.yaml", "journal.jsonl", "store.json"):
+        for name in ("rules.yaml", "journal.jsonl", "journal.end", "store.json"):
             (path / name).unlink(missing_ok=True)
         if made:
             with suppress(OSError):

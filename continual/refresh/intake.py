@@ -10,6 +10,7 @@ Letters: N rows.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,9 @@ from continual.streams.sources.tabular import TabularSource, decodable
 from continual.table import Table, TensorTable
 
 _SPAN = 2**63
+_BETWEEN = r"[\s_\-.,:;/'\"()]+"
+_SEPARATOR = re.compile(rf"(?<=[^\W\d_]){_BETWEEN}(?=[^\W_])|(?<=\d){_BETWEEN}(?=[^\W\d_])")
+"""What words are set apart by, and a word and a number; between two digits, and before the first sign, it says something."""
 _NO_ID = ("None", "nan", "NaT", "<NA>")
 """What an id that is missing looks like as text."""
 
@@ -154,17 +158,18 @@ def check_form(offered: Offered, known: dict[str, str] | None) -> None:
 
 
 def check_labels(offered: Offered, known: Sequence[str], scenario: Scenario, accepted: Sequence[str] = ()) -> None:
-    """Raise :class:`StreamError` where labels look renamed, or are fewer than a fixed set of them.
+    """Raise :class:`StreamError` where labels look renamed or written in two ways, or are fewer than a fixed set of them.
 
     Args:
         known: names of the classes learnt so far.
-        accepted: new labels that are meant although one that is known looks alike.
+        accepted: new labels that are meant although another one looks alike.
     """
     present = dict.fromkeys(offered.names)
     alike = {_plain(name): name for name in known}
+    met = set(known)
     for name in present:
-        twin = alike.get(_plain(name))
-        if name not in known and twin is not None and name not in accepted:
+        twin = alike.setdefault(_plain(name), name)
+        if name not in met and twin != name and name not in accepted and (twin in met or twin not in accepted):
             raise StreamError(
                 f"the label '{name}' in '{offered.path}' looks like '{twin}' written in another way: write it as '{twin}', or say "
                 f"that it is a class of its own with --new-label '{name}'."
@@ -332,4 +337,4 @@ def _is(form: str | None) -> str:
 
 
 def _plain(name: str) -> str:
-    return "".join(letter for letter in name.casefold() if letter.isalnum())
+    return _SEPARATOR.sub("", name.casefold().strip(" \t\n_.,:;!?'\"()")) or name

@@ -3,12 +3,17 @@
 The journal is written before what it tells of, so that a process that was killed in between has left a promise, which the
 next one keeps (:meth:`~continual.refresh.folder.Folder.recover`). A last line without its end is one that was being written
 when the process was killed: it never counted.
+
+After every line ``journal.end`` is replaced: how many lines there are, and the SHA-256 of the last. It may lag behind where a
+process was killed between the two, and is never ahead, so a journal that has fewer lines was cut off at its end.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
+import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,9 +26,11 @@ from continual.monitor.gate import Answer
 from continual.provenance import now
 from continual.refresh.records import Count, Digest, Record, VersionName, read_record
 
-Happening = Literal["created", "made", "promoted", "rolled back", "stopped", "abandoned", "erased"]
+Happening = Literal["created", "made", "promoted", "rolled back", "stopped", "accepted", "abandoned", "erased"]
 GOES_LIVE: tuple[Happening, ...] = ("promoted", "rolled back")
 FIRST = "0" * 64
+
+_MARK = re.compile(rb"([0-9]{1,9}) ([0-9a-f]{64})\n")
 
 
 class Entry(Record):
@@ -59,14 +66,15 @@ class Journal:
     """The file ``journal.jsonl`` of a store."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.mark = path, path.with_suffix(".end")
 
     def read(self) -> list[Entry]:
         """Every entry, after the chain was checked.
 
         Raises:
-            StateError: a line was changed, taken out or put in.
+            StateError: a line was changed, taken out or put in, or lines at the end are gone.
         """
+        marked = self._marked()  # first: whoever writes meanwhile adds a line before he marks it
         entries: list[Entry] = []
         before = FIRST
         for number, line in enumerate(self._lines()):
@@ -79,6 +87,15 @@ class Journal:
                 )
             entries.append(entry)
             before = hashlib.sha256(line).hexdigest()
+            if marked is not None and marked[0] == number + 1 and marked[1] != before:
+                raise StateError(
+                    f"{where} is not the one that '{self.mark}' tells of: restore the store from a backup."
+                )
+        if entries and marked is not None and marked[0] > len(entries):
+            raise StateError(
+                f"'{self.path}' has {len(entries)} lines and had {marked[0]}: its end was cut off; restore the store from a backup, "
+                f"or remove '{self.mark}' to go on with what is left."
+            )
         return entries
 
     def append(self, event: Happening, **content: object) -> Entry:
@@ -95,10 +112,10 @@ class Journal:
         before = hashlib.sha256(lines[-1]).hexdigest() if lines else FIRST
         entry = Entry.model_validate({"number": len(lines), "time": now(), "event": event, "before": before, **content})
         text = entry.model_dump_json(exclude_defaults=False) + "\n"
+        content_bytes = text.encode()
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "ab", buffering=0) as file:
-                content_bytes = text.encode()
                 if file.write(content_bytes) != len(content_bytes):
                     raise OSError(28, "no space left on the device")
                 os.fsync(file.fileno())
@@ -106,7 +123,15 @@ class Journal:
             with suppress(OSError):
                 os.truncate(self.path, size)
             raise self._unwritten(error) from error
+        self._put_mark(len(lines) + 1, hashlib.sha256(content_bytes[:-1]).hexdigest())
         return entry
+
+    def seal(self) -> None:
+        """Mark the end where the mark is missing or lags behind; call it as the only writer, after :meth:`read`."""
+        lines = self._lines()
+        last = hashlib.sha256(lines[-1]).hexdigest() if lines else FIRST
+        if lines and self._marked() != (len(lines), last):
+            self._put_mark(len(lines), last)
 
     def mend(self) -> None:
         """Cut off a line that a killed process did not finish; call it as the only writer."""
@@ -114,6 +139,33 @@ class Journal:
         whole = content.rfind(b"\n") + 1
         if whole != len(content):
             os.truncate(self.path, whole)
+
+    def _marked(self) -> tuple[int, str] | None:
+        try:
+            content = self.mark.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StateError(f"'{self.mark}' cannot be read ({error.strerror}): mend that and try again.") from error
+        found = _MARK.fullmatch(content)
+        if found is None:
+            raise StateError(
+                f"'{self.mark}' is damaged: restore the store from a backup, or remove it if nothing else is damaged."
+            )
+        return int(found[1]), found[2].decode()
+
+    def _put_mark(self, lines: int, last: str) -> None:
+        """Replace the mark. Where that fails it lags behind, which is no mistake: the line is on the disk."""
+        temporary = self.mark.parent / f".{self.mark.name}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                file.write(f"{lines} {last}\n".encode())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.mark)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def _unwritten(self, error: OSError) -> StateError:
         return StateError(

@@ -78,6 +78,10 @@ class Found(Record):
     rows: Count = 0
     names: tuple[str, ...] = ()
 
+    def without_rows(self) -> Found:
+        """Without what it quotes of single rows."""
+        return self.model_copy(update={"names": ()}) if self.kind in ("near-duplicates", "leakage") else self
+
 
 class Drift(Record):
     """The comparison of new rows with those at hand.
@@ -86,12 +90,14 @@ class Drift(Record):
         new, reference: rows that were looked at on each side.
         found: what was found, the most serious first; empty where nothing was.
         tested: every kind that could be tested here, found or not.
+        accepted: kinds found that the rules would have stopped the update for, had a person not accepted them.
     """
 
     new: Count = 0
     reference: Count = 0
     found: tuple[Found, ...] = ()
     tested: tuple[Finding, ...] = ()
+    accepted: tuple[Finding, ...] = ()
 
 
 class Measured(Record):
@@ -204,15 +210,16 @@ class Outcome(Record):
     """What became of an update, as it is printed, handed to alerts and returned in Python.
 
     Attributes:
-        happened: ``promoted``; ``failed`` or ``cannot tell`` (the version is there and not live); ``stopped`` by drift (no
-            version was made); ``known`` (these rows were learnt before: nothing was done).
+        happened: ``promoted``; ``failed`` or ``cannot tell`` (the version, if training came to its end, is there and not live);
+            ``stopped`` by drift (no version was made); ``known`` (these rows were learnt before: nothing was done);
+            ``rolled back`` (the same, and the version that learnt them was taken back).
         version: made now, or the one that is meant; None where there is none.
         live: the version that is live now; None where none is.
         score: mean over all experiences in that version.
     """
 
     store: str
-    happened: Literal["promoted", "failed", "cannot tell", "stopped", "known"]
+    happened: Literal["promoted", "failed", "cannot tell", "stopped", "known", "rolled back"]
     version: int | None
     live: int | None
     experience: str

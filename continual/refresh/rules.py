@@ -65,7 +65,7 @@ class LadderRules(Spec):
     Attributes:
         settings: for each further try the settings of the strategy that change, such as ``{training.lr: 1.0e-4}``; the parts
             stay the same.
-        minutes: no try begins after so many minutes of the update.
+        minutes: no try begins after so many minutes of the update; those before it was killed count, up to its last save.
     """
 
     settings: list[dict[str, Any]] = Field(default_factory=list)
@@ -107,7 +107,7 @@ class DriftRules(Spec):
 
 
 class AlertRules(Spec):
-    """Who is told of what became of an update; each of them must be named with --trust as well.
+    """Who is told, once at least, of what became of an update; each of them must be named with --trust as well.
 
     Attributes:
         command: program and arguments, started without a shell; the outcome as JSON on its standard input.

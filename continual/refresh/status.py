@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from continual.refresh.folder import Folder
 from continual.refresh.records import Count, Manifest, Measured, Record, Report
+from continual.refresh.untold import waiting
 
 SHOWN = 12
 """Experiences that are listed, the worst first."""
@@ -19,6 +20,7 @@ class Status(Record):
         bytes: of the live version's files.
         stopped: why drift stopped an update since the last version was made; None where it did not.
         under_way: the rows of an update that broke off, None where there is none.
+        untold: how many updates there are of which those whom the rules name are still to be told.
     """
 
     store: str
@@ -38,6 +40,7 @@ class Status(Record):
     erased: Count
     stopped: str | None
     under_way: str | None
+    untold: Count
 
     def __str__(self) -> str:
         lines = [f"{self.store}: {self.model} with '{self.strategy}', {self.versions} versions"]
@@ -58,6 +61,8 @@ class Status(Record):
             lines.append(f"the last update was stopped: {self.stopped}")
         if self.under_way is not None:
             lines.append(f"an update with '{self.under_way}' broke off: give its command again to go on with it")
+        if self.untold:
+            lines.append(f"what became of {self.untold} updates is still to be told: the next update tells it")
         return "\n".join(lines)
 
 
@@ -68,7 +73,8 @@ def status_of(folder: Folder) -> Status:
     now: tuple[Manifest, Report] | None = None if live is None else (folder.manifest(live), folder.report(live))
     newest = None if last is None else (folder.manifest(last), folder.report(last))
     scores = [one.score for one in now[1].measured if not one.probe and one.score is not None] if now else []
-    latest = next((one for one in reversed(folder.journal.read()) if one.event in ("made", "stopped")), None)
+    entries = folder.journal.read()
+    latest = next((one for one in reversed(entries) if one.event in ("made", "stopped")), None)
     return Status(
         store=str(folder.path),
         model=str(settings.model.get("name", settings.model.get("class", settings.model["kind"]))),
@@ -87,6 +93,7 @@ def status_of(folder: Folder) -> Status:
         erased=len(folder.erased()),
         stopped=latest.sentence if latest is not None and latest.event == "stopped" else None,
         under_way=folder.under_way(),
+        untold=len(waiting(folder.path, len(entries))),
     )
 
 

@@ -6,21 +6,25 @@ What trains or reads weights is imported where it is needed: to ask where a stor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import NonNegativeInt
 
 from continual.disk import write_text
-from continual.errors import SpecError, StateError, StreamError
+from continual.errors import ContinualError, SpecError, StateError, StreamError
 from continual.kinds import Objective, Scenario
 from continual.models.spec import ModelSpec, ModuleSpec, PretrainedSpec, parse_model_spec
 from continual.provenance import now
 from continual.refresh.folder import Columns, Folder, Settings, make_folder
 from continual.refresh.journal import GOES_LIVE, Entry
+from continual.refresh.plainly import plainly
 from continual.refresh.records import Manifest, Outcome, Report
 from continual.refresh.rules import Rules, explained
 from continual.refresh.status import Status, compare, status_of
+from continual.refresh.untold import waiting
 from continual.refresh.verify import verify
 from continual.spec import Spec, parse
 from continual.trust import check_trusted, wishes
@@ -208,6 +212,7 @@ class Store:
         again: bool = False,
         abandon: bool = False,
         new_labels: Sequence[str] = (),
+        accept_drift: bool = False,
         progress: bool | None = None,
         on_note: Callable[[str], None] | None = None,
     ) -> Outcome:
@@ -221,35 +226,50 @@ class Store:
             name: of the experience; None takes the file's.
             again: train anew on rows that were refused before.
             abandon: give up an update with other rows that broke off.
-            new_labels: labels that are classes of their own although they look like known ones.
+            new_labels: labels that are classes of their own although they look like others.
+            accept_drift: learn the rows although the rules would stop the update for how they differ from those at hand; that it
+                was accepted is kept in the journal and in the version's report.
             on_note: told what should be known on the way.
 
         Raises:
+            TrainingError: the training of every try broke off, by a loss that is not finite or for want of memory; the journal says
+                so, and alerts are told (``failed``).
             ContinualError: rows, rules or a store that cannot be; the store is as it was.
         """
-        from continual.refresh.alerts import tell
         from continual.refresh.allowed import check_rules
         from continual.refresh.update import Options, Update
 
         self._check_trust()
-        options = Options(name, device, again, abandon, tuple(new_labels), self.trust, progress)
-        notes: list[str] = []
-        with self.folder.writing("update"):
-            rules = self.folder.rules
-            check_rules(rules, self.path, set(self.trust))
-            outcome = Update(self.folder, data, options, on_note or notes.append)()
-        live = None if outcome.live is None else (self.manifest(outcome.live), self.report(outcome.live))
-        deaf = tell(outcome, rules.alerts, self.path, live)
-        return outcome.model_copy(update={"notes": (*outcome.notes, *deaf)})
+        options = Options(name, device, again, abandon, tuple(new_labels), self.trust, progress, accept_drift)
+        note = on_note or (lambda sentence: None)
+        deaf = self._tell()
+        advice = (
+            "give the same command again, or add --abandon to give it up; `continual store verify` looks for damage."
+        )
+        try:
+            with self.folder.writing("update"), plainly(f"the update of '{self.path}'", advice):
+                check_rules(self.folder.rules, self.path, set(self.trust))
+                outcome = Update(self.folder, data, options, note)()
+        except ContinualError:
+            for sentence in (*deaf, *self._tell()):
+                note(sentence)
+            raise
+        return outcome.model_copy(update={"notes": (*outcome.notes, *deaf, *self._tell())})
 
     def abandon(self) -> str:
         """Give up an update that broke off, with what it had reached; returns a sentence. Versions that it made stay."""
+        deaf = self._tell()
         with self.folder.writing("abandon"):
             sentence = self.folder.abandon()
-            return "no update is under way: nothing was done." if sentence is None else f"{sentence}."
+            done = "no update is under way: nothing was done." if sentence is None else f"{sentence}."
+        return " ".join([done, *deaf])
 
     def promote(self, version: int) -> str:
         """Make a version live that the gate held back, or an earlier one; returns a sentence."""
+        deaf = self._tell()
+        return " ".join([self._promote(version), *deaf])
+
+    def _promote(self, version: int) -> str:
         with self.folder.writing("promote"):
             manifest = self.folder.manifest(version)
             if version == self.folder.current():
@@ -269,6 +289,10 @@ class Store:
         Raises:
             StateError: there is no such version, it was never live, or its bytes are not what was written.
         """
+        deaf = self._tell()
+        return " ".join([self._rollback(version), *deaf])
+
+    def _rollback(self, version: int | None) -> str:
         with self.folder.writing("rollback") as finished:
             if version is None and finished is not None and finished.event == "rolled back":
                 return f"{finished.sentence}, which had broken off; the next update goes on from there."
@@ -329,8 +353,22 @@ class Store:
         from continual.refresh.erasure import erase
 
         self._check_trust()
+        deaf = self._tell()
         with self.folder.writing("erase"), self.folder.cached():
-            return erase(self.folder, rows(), self.trust)
+            found = erase(self.folder, rows(), self.trust)
+        return replace(found, sentence=" ".join([found.sentence, *deaf]))
+
+    def _tell(self) -> list[str]:
+        """Tell what updates have left to be told, where the rules may name whom; a sentence for each who could not be told."""
+        with suppress(ContinualError):
+            if waiting(self.path, len(self.history())):
+                from continual.refresh.alerts import tell_waiting
+                from continual.refresh.allowed import check_rules
+
+                rules = self.folder.rules
+                check_rules(rules, self.path, set(self.trust))
+                return tell_waiting(self.folder, rules.alerts)
+        return []
 
     def learner(self, version: int | None = None, *, device: str = "auto") -> Learner:
         """The learner of a version (the live one)."""

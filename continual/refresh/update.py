@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 
 from continual.disk import recover_folder
-from continual.errors import ContinualError, ModelError, StateError, StreamError, shown
+from continual.errors import ContinualError, ModelError, StateError, StreamError, TrainingError, shown
 from continual.kinds import Objective
 from continual.learner import Learner
 from continual.models.build import base_on_disk
@@ -30,19 +30,23 @@ from continual.monitor.evaluation import evaluating
 from continual.objective import PRIMARY
 from continual.parts.replay.store import KeepsRows
 from continual.provenance import commit, now, versions
+from continual.refresh.alerts import SILENT
 from continual.refresh.allowed import check_ladder, check_rules
 from continual.refresh.drift import compare, stopped_by
 from continual.refresh.folder import Folder, no_link
 from continual.refresh.intake import Divided, Offered, check_form, check_labels, divide, read_rows, without
+from continual.refresh.journal import GOES_LIVE
 from continual.refresh.judge import judge
 from continual.refresh.measuring import measured_in, seconds_in_turns
 from continual.refresh.objects import write_bytes
 from continual.refresh.pieces import split
+from continual.refresh.plainly import plainly
 from continual.refresh.records import (
     Count,
     Data,
     Digest,
     Drift,
+    Found,
     Manifest,
     Outcome,
     Piece,
@@ -53,6 +57,7 @@ from continual.refresh.records import (
 )
 from continual.refresh.restored import restored, whole
 from continual.refresh.rules import GateRules, Happened, Rules
+from continual.refresh.untold import put
 from continual.refresh.wording import word_pieces
 from continual.spec import parse
 from continual.strategy import Strategy
@@ -66,8 +71,16 @@ COLUMNS = ("input_ids", "attention_mask", "inputs", "labels", "row")
 Note = Callable[[str], None]
 
 
+class Diverged(Record):
+    """A try whose training broke off: its place in the ladder, the sentence why, and the seconds that it took."""
+
+    attempt: Count
+    sentence: str
+    seconds: float
+
+
 class Request(Record):
-    """``work/update.json``: what the update under way was asked for.
+    """``work/update.json``: what the update under way was asked for, and the tries that came to nothing.
 
     Attributes:
         live: the version that it is trained on from.
@@ -84,6 +97,7 @@ class Request(Record):
     begun: str
     drift: Drift = Field(default_factory=Drift)
     drift_seconds: float = 0.0
+    diverged: tuple[Diverged, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,6 +111,7 @@ class Options:
     new_labels: Sequence[str] = ()
     trust: Sequence[str] = ()
     progress: bool | None = None
+    accept_drift: bool = False
 
 
 class Update:
@@ -105,7 +120,10 @@ class Update:
     def __init__(self, folder: Folder, data: Any, options: Options, note: Note) -> None:
         self.folder, self.options, self.note = folder, options, note
         self.settings, self.live = folder.settings, folder.current()
-        self.begun = time.perf_counter()
+        alerts = folder.rules.alerts
+        self._owes = any(one is not None for one in (alerts.command, alerts.webhook, alerts.prometheus))
+        self.begun = self._since = time.perf_counter()
+        self._before = self._compared = self._resumed = 0.0
         self._notes = self._known_classes = 0
         self._parent: Learner | None = None
         with folder.cached():
@@ -122,6 +140,7 @@ class Update:
         if request is None:
             known = None if self.options.again else self._known()
             if known is not None:
+                self._owe(known, -1)
                 return known
         rules = self.folder.rules if request is None else _rules_of(request)
         check_rules(rules, self.folder.path, {*self.options.trust})
@@ -143,21 +162,32 @@ class Update:
             f"the hold-out of '{name}' has {held} rows, and the gate needs {least} to let a later update pass even where nothing "
             "changes: give more rows at a time, or change holdout.share, gate.max_drop or gate.unsure in rules.yaml."
         )
-        offered = replace(
-            offered,
-            notes=(*offered.notes, *divided.notes, *([few] if held < least and rules.gate.unsure == "hold" else [])),
-        )
         experience = self._experience(divided, name, parent)
         if request is None:
             started = time.perf_counter()
             drift = self._drift(experience, parent, rules)
-            seconds = time.perf_counter() - started
+            self._compared = time.perf_counter() - started
             stopped = stopped_by(drift, rules.drift)
+            if stopped is not None and not self.options.accept_drift:
+                return self._stopped(name, drift, stopped)
             if stopped is not None:
-                sentence = f"'{name}' was not learnt, since its rows differ from those at hand: {stopped.sentence}"
-                self.folder.journal.append("stopped", sentence=sentence)
-                return self._outcome("stopped", None, name, sentence, drift=drift)
-            request = self._ask(offered, name, rules, drift, seconds)
+                kinds = tuple(found.kind for found in drift.found if found.kind in rules.drift.stop)
+                drift = drift.model_copy(update={"accepted": kinds})
+                sentence = f"a person accepted that the rows of '{name}' differ from those at hand: {stopped.sentence}"
+                self.folder.journal.append("accepted", sentence=sentence)
+            request = self._ask(offered, name, rules, drift, self._compared)
+        else:
+            self._before = self._used_before(request)
+        accepted = f"a person accepted what would have stopped the update: {', '.join(request.drift.accepted)}."
+        offered = replace(
+            offered,
+            notes=(
+                *offered.notes,
+                *divided.notes,
+                *([few] if held < least and rules.gate.unsure == "hold" else []),
+                *([accepted] if request.drift.accepted else []),
+            ),
+        )
         self._parent, parent = parent, None
         data = Data(
             path=offered.path,
@@ -170,20 +200,68 @@ class Update:
             classes=tuple(experience.class_names[self._known_classes :]),
         )
         attempts: list[dict[str, Any]] = [{}, *rules.ladder.settings]
+        version, goes, failure = None, False, None
         for attempt, changed in enumerate(attempts):
-            made = self._made(request, attempt)
-            version = self._try(request, rules, experience, offered, data, attempt, changed) if made is None else made
-            manifest = self.folder.manifest(version)
-            goes = _goes_live(manifest, rules)
-            late = rules.ladder.minutes is not None and time.perf_counter() - self.begun > 60 * rules.ladder.minutes
-            if goes or late or attempt == len(attempts) - 1:
+            made, began = self._made(request, attempt), time.perf_counter()
+            if made is None and all(one.attempt != attempt for one in request.diverged):
+                try:
+                    made = self._try(request, rules, experience, offered, data, attempt, changed)
+                except TrainingError as error:
+                    failure = error
+                    request = self._given_up(request, attempt, error.lasting, time.perf_counter() - began)
+                self._since, self._compared = time.perf_counter(), 0.0
+            if made is not None:
+                version, goes = made, _goes_live(self.folder.manifest(made), rules)
+            if goes or attempt == len(attempts) - 1 or (self._late(rules) and not self._began(request, attempt + 1)):
                 break
-            self.note(f"version {version}: {manifest.sentence} The next try: {shown(attempts[attempt + 1], 200)}.")
-        if goes and self.folder.current() != version:
-            self.folder.go_live(version, "promoted", manifest.sentence)
-        self._done()
+            why = (
+                request.diverged[-1].sentence
+                if made is None
+                else f"version {made}: {self.folder.manifest(made).sentence}"
+            )
+            failure = None  # with which goes the memory that the failed try took
+            self.note(f"{why} The next try: {shown(attempts[attempt + 1], 200)}.")
+        outcome = self._ended(request, version, goes, attempt + 1)
+        if version is None:
+            raise failure or TrainingError(outcome.sentence)
+        return outcome
+
+    def _ended(self, request: Request, version: int | None, goes: bool, attempts: int) -> Outcome:
+        """The end of an update: the last version that it made goes live or not, or its training never came to an end."""
+        name, given_up = request.experience, [_said(one, request) for one in request.diverged]
+        if version is None:
+            sentence = request.diverged[-1].sentence
+            outcome = self._outcome(
+                "failed", None, name, sentence, attempts=attempts, drift=request.drift, notes=given_up
+            )
+            self._owe(outcome, 0)
+            self.folder.journal.append("stopped", sentence=f"'{name}' was not learnt: {sentence}")
+            self._done()
+            return outcome
+        manifest = self.folder.manifest(version)
         happened: Happened = "promoted" if goes else "failed" if manifest.answer == "fail" else "cannot tell"
-        return self._outcome(happened, version, name, manifest.sentence, attempts=attempt + 1)
+        outcome = self._outcome(happened, version, name, manifest.sentence, attempts=attempts, notes=given_up)
+        if goes and self.folder.current() != version:
+            outcome = outcome.model_copy(update={"live": version})
+            self._owe(outcome, 0)
+            self.folder.go_live(version, "promoted", manifest.sentence)
+        else:
+            self._owe(outcome, -1)
+        self._done()
+        return outcome
+
+    def _stopped(self, name: str, drift: Drift, by: Found) -> Outcome:
+        sentence = f"'{name}' was not learnt, since its rows differ from those at hand: {by.sentence}"
+        more = f"{sentence} If they are as they should be, add --accept-drift."
+        outcome = self._outcome("stopped", None, name, more, drift=drift)
+        self._owe(outcome, 0)
+        self.folder.journal.append("stopped", sentence=sentence)
+        return outcome
+
+    def _owe(self, outcome: Outcome, line: Literal[-1, 0]) -> None:
+        """Keep what is to be told: the last line of the journal has made it true, or (0) the next one will."""
+        if self._owes and outcome.happened not in SILENT:
+            put(self.folder.path, outcome, len(self.folder.journal.read()) + line)
 
     # Before anything is trained
 
@@ -205,9 +283,12 @@ class Update:
         tries = [number for number in self.folder.numbers() if number >= request.first]
         rules = _rules_of(request)
         waits = bool(tries) and _goes_live(self.folder.manifest(tries[-1]), rules)
-        over = len(tries) > len(rules.ladder.settings) and not waits
-        if self.live in tries or (over and request.fingerprint != self.offered.fingerprint):
+        over = len(tries) + len(request.diverged) > len(rules.ladder.settings) and not waits
+        if self.live in tries:
             self._done()
+            return None
+        if over and request.fingerprint != self.offered.fingerprint:
+            self._ended(request, tries[-1] if tries else None, False, len(tries) + len(request.diverged))
             return None
         if request.fingerprint != self.offered.fingerprint or request.live != self.live:
             what = "with other rows" if request.live == self.live else "and another version is live now"
@@ -220,14 +301,22 @@ class Update:
 
     def _known(self) -> Outcome | None:
         """What became of the same rows, where they were learnt or refused before."""
-        line = set(self.folder.line(self.live))
-        for entry in reversed(self.folder.journal.read()):
+        line, entries = set(self.folder.line(self.live)), self.folder.journal.read()
+        was_live = {entry.version for entry in entries if entry.event in GOES_LIVE}
+        for entry in reversed(entries):
             if entry.event != "made" or entry.version is None or entry.fingerprint != self.offered.fingerprint:
                 continue
             if entry.version in line:
                 name = self.folder.manifest(entry.version).experience
                 sentence = f"version {entry.version} learnt these rows already, as '{name}': nothing was done."
                 return self._outcome("known", entry.version, name, sentence)
+            if entry.parent == self.live and entry.version in was_live:
+                name = self.folder.manifest(entry.version).experience
+                sentence = (
+                    f"version {entry.version} learnt these rows, went live and was taken back, so nothing was done: "
+                    f"`continual store promote {self.folder.path} {entry.version}` makes it live again, --again trains anew."
+                )
+                return self._outcome("rolled back", entry.version, name, sentence)
             if entry.parent == self.live:
                 name = self.folder.manifest(entry.version).experience
                 sentence = (
@@ -251,8 +340,8 @@ class Update:
             form = self.folder.piece(self.live, "form")
             with whole(self.folder, self.live):
                 check_form(offered, form["form"])
-            known = parent.class_names
-            check_labels(offered, known, self.settings.scenario, self.options.new_labels)
+        known = () if parent is None else parent.class_names
+        check_labels(offered, known, self.settings.scenario, self.options.new_labels)
         return offered
 
     def _name(self, parent: Learner | None) -> str:
@@ -328,6 +417,32 @@ class Update:
         made = [number for number in self.folder.numbers() if number >= request.first]
         return next((number for number in made if self.folder.manifest(number).attempt == attempt), None)
 
+    def _began(self, request: Request, attempt: int) -> bool:
+        """Whether a try was begun by a process that was killed, as far as anything of it is left."""
+        given_up = any(one.attempt == attempt for one in request.diverged)
+        return given_up or self._made(request, attempt) is not None or (self.folder.work / f"try-{attempt}").exists()
+
+    def _late(self, rules: Rules) -> bool:
+        used = self._before + time.perf_counter() - self.begun
+        return rules.ladder.minutes is not None and used > 60 * rules.ladder.minutes
+
+    def _used_before(self, request: Request) -> float:
+        """Seconds that earlier processes took for this update, but for the try that was under way."""
+        seconds = request.drift_seconds + sum(one.seconds for one in request.diverged)
+        for number in self.folder.numbers():
+            if number >= request.first:
+                cost = self.folder.report(number).cost
+                seconds += sum(cost[key] for key in ("train", "evaluate", "rest"))
+        return seconds
+
+    def _given_up(self, request: Request, attempt: int, sentence: str, seconds: float) -> Request:
+        """The request, kept with the try that came to nothing."""
+        shutil.rmtree(self.folder.work / f"try-{attempt}", ignore_errors=True)
+        one = Diverged(attempt=attempt, sentence=sentence, seconds=seconds + self._resumed)
+        request = request.model_copy(update={"diverged": (*request.diverged, one)})
+        write_bytes(self.folder.work / "update.json", record_text(request).encode())
+        return request
+
     def _try(
         self,
         request: Request,
@@ -351,8 +466,10 @@ class Update:
         if learner.updates == experience.index:
             monitor.thin(holdout_rows(rules, experience.index))
             try:
-                learner.update(experience, tree=False)
-            except StateError:
+                advice = "see what is wrong there; the version that is live stays."
+                with plainly(f"learning '{experience.name}'", advice, training=True):
+                    learner.update(experience, tree=False)
+            except (StateError, TrainingError):
                 raise
             except ContinualError:
                 self._done()
@@ -370,7 +487,7 @@ class Update:
         written = {name: self.folder.objects.put(piece) for name, piece in pieces.items()}
         spent = self._spent(learner.cost)
         train, evaluate, drift = spent["train_seconds"], spent["monitor_seconds"], request.drift_seconds
-        elapsed = time.perf_counter() - self.begun
+        elapsed = time.perf_counter() - self._since + self._resumed
         number = max(self.folder.numbers(), default=0) + 1
         report = Report(
             version=number,
@@ -382,12 +499,12 @@ class Update:
             drift=request.drift,
             measured=measured,
             score=PRIMARY[learner.objective],
-            notes=(*offered.notes, *learner.notes[self._notes :]),
+            notes=(*offered.notes, *(_said(one, request) for one in request.diverged), *learner.notes[self._notes :]),
             cost={
                 "train": train,
                 "evaluate": evaluate,
                 "drift": drift,
-                "rest": max(elapsed - train - evaluate - drift, 0.0),
+                "rest": max(elapsed - train - evaluate - self._compared, 0.0),
                 "rows_trained": spent["rows_trained"],
             },
             bytes={
@@ -431,6 +548,7 @@ class Update:
         """The learner of a try: from its checkpoint, from the live version, or a new one."""
         place = no_link(self.folder.work / f"try-{attempt}")
         recover_folder(place)
+        self._resumed = 0.0
         options: dict[str, Any] = {
             "device": self.options.device,
             "folder": place,
@@ -438,7 +556,11 @@ class Update:
             "progress": self.options.progress,
         }
         if place.exists():
-            return Learner.load(place, strategy=strategy, trust=self.options.trust, **options)
+            learner = Learner.load(place, strategy=strategy, trust=self.options.trust, **options)
+            spent, pending = self._spent(learner.cost), learner._pending
+            self._resumed = spent["train_seconds"] + spent["monitor_seconds"] + (pending.seconds if pending else 0.0)
+            self._before += self._resumed
+            return learner
         settings = self.settings
         if self.live is None:
             found = base_on_disk(settings.model)
@@ -477,8 +599,8 @@ class Update:
         shutil.rmtree(self.folder.work, ignore_errors=True)
 
     def _outcome(
-        self, happened: Happened | Literal["known"], version: int | None, name: str, sentence: str, *, attempts: int = 1,
-        drift: Drift | None = None,
+        self, happened: Happened | Literal["known", "rolled back"], version: int | None, name: str, sentence: str, *, attempts: int = 1,
+        drift: Drift | None = None, notes: Sequence[str] = (),
     ) -> Outcome:  # fmt: skip
         report = None if version is None else self.folder.report(version)
         scores = (
@@ -496,12 +618,17 @@ class Update:
             found=(report.drift if report is not None else drift or Drift()).found,
             attempts=attempts,
             seconds=time.perf_counter() - self.begun,
-            notes=() if report is None else report.notes,
+            notes=tuple(dict.fromkeys((*(() if report is None else report.notes), *notes))),
         )
 
 
 def _rules_of(request: Request) -> Rules:
     return parse(Rules, request.rules, f"the rules of the update with '{request.path}' that broke off")
+
+
+def _said(one: Diverged, request: Request) -> str:
+    settings = [{}, *_rules_of(request).ladder.settings][one.attempt]
+    return f"the try {shown(settings, 200) if settings else 'of the strategy as it is'} came to nothing: {one.sentence}"
 
 
 def _goes_live(manifest: Manifest, rules: Rules) -> bool:

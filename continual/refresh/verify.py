@@ -13,10 +13,10 @@ from continual.refresh.records import Manifest, Piece, read_record
 def verify(folder: Folder) -> list[str]:
     """Everything that is wrong; empty where nothing is.
 
-    Every line of the journal follows from the one before; every version that it made is there with the manifest and the
-    report that were written, or is staged to be; every piece has the bytes that its SHA-256 says, once for all versions;
-    every parent is the one that it was; the live version is the one that the journal names, or the one before where a
-    process was killed between the two.
+    Every line of the journal follows from the one before, and none is gone at its end; every version that it made is there
+    with the manifest and the report that were written, or is staged to be; every piece has the bytes that its SHA-256
+    says, once for all versions; every parent is the one that it was; the live version is the one that the journal names,
+    or the one before where a process was killed between the two.
     """
     wrong: list[str] = []
     try:
@@ -25,6 +25,11 @@ def verify(folder: Folder) -> list[str]:
     except ContinualError as error:
         return [str(error)]
     del settings, rules, erased
+    if not folder.journal.mark.is_file():
+        wrong.append(
+            f"'{folder.journal.mark}' is missing, without which nobody would notice that the end of the journal was cut off: if "
+            "nothing else is wrong, the next command that writes makes it anew."
+        )
     manifests: dict[int, Manifest] = {}
     wanted = manifests_of(entries)
     for version, digest in wanted.items():

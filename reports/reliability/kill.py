@@ -3,7 +3,8 @@
 Each command (update, rollback, promote, erase) runs in a process of its own, which gets SIGKILL at a random time, at a random
 durable write (fsync, rename, truncation), or at a random moment of training or evaluation. After each kill `verify` finds nothing
 wrong, the live version loads, and no version is lost; then the same command is given again and completes, and the live version has
-the same bytes as the twin's.
+the same bytes as the twin's. After each erasure, and at the end, no file of the store holds a byte of the rows that were erased: of
+their ids as numbers and in words, and of their content. Every update tells a command of itself, once at least.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -30,10 +32,13 @@ from continual.learner.trainer import Trainer
 from continual.provenance import commit, hardware, now, versions
 from continual.refresh import Store
 from continual.refresh.folder import Folder
+from continual.refresh.intake import row_ids
 from continual.refresh.objects import Objects
 
 FEATURES = 8
 RULES = {"gate": {"max_drop": 0.9, "unsure": "promote"}, "holdout": {"share": 0.25}, "save_every": 8}
+HEARS = "cat >> ../told-${PWD##*/}"
+"""What every update is told to: a file beside the store, called after it."""
 STRATEGY = {
     "replay": {"kind": "rehearsal", "select": "class-balanced", "capacity": 120, "share": 0.5},
     "training": {"optimizer": "adam", "lr": 0.01, "epochs": 6, "batch_size": 8},
@@ -69,7 +74,7 @@ def plan(updates: int, data: Path) -> list[Command]:
 
 
 def carry_out(place: Path, command: Command) -> None:
-    store = Store(place)
+    store = Store(place, trust=["sh"])
     what, given = command
     if what == "update":
         store.update(given, device="cpu", progress=False)
@@ -112,7 +117,7 @@ def mark_stages(stage: Any) -> None:
 
         setattr(owner, name, call)
 
-    import continual.refresh.store as store_module
+    import continual.refresh.erasure as erasure_module
 
     marked(Trainer, "fit", STAGES.index("training"))
     marked(Learner, "_measure", STAGES.index("evaluation"))
@@ -120,7 +125,7 @@ def mark_stages(stage: Any) -> None:
     marked(Objects, "put", STAGES.index("saving"))
     marked(Folder, "add", STAGES.index("saving"))
     marked(Folder, "go_live", STAGES.index("promoting"))
-    marked(store_module, "erase", STAGES.index("erasing"))
+    marked(erasure_module, "_erase", STAGES.index("erasing"))
 
 
 def child(place: Path, command: Command, limit: int | None, count: Any, stage: Any) -> None:
@@ -150,6 +155,36 @@ def kill_in(process: Any, stage: Any, name: str, delay: float) -> None:
         time.sleep(0.0005)
 
 
+def traces(ids: list[str], data: Path, salt: str) -> list[bytes]:
+    """What a store could hold of rows: their ids as numbers and in words, their content."""
+    numbers = row_ids(ids, salt).tolist()
+    found = [form for number in numbers for form in (number.to_bytes(8, "little"), str(number).encode())]
+    for name in ids:
+        update, row = name.split("-")
+        values = json.loads((data / f"{int(update):04d}.jsonl").read_text(encoding="utf-8").splitlines()[int(row)])
+        content = torch.tensor([values[f"x{k}"] for k in range(FEATURES)])
+        found += [content.numpy().tobytes(), f'"{name}"'.encode()]
+    return found
+
+
+def holding(place: Path, needles: list[bytes]) -> list[str]:
+    """Files of a store with any of these bytes, but for the list of what was erased."""
+    files = [path for path in place.rglob("*") if path.is_file() and path.name != "erased.json"]
+    pattern = re.compile(b"|".join(map(re.escape, needles)))
+    return [path.relative_to(place).as_posix() for path in files if pattern.search(path.read_bytes())]
+
+
+def told(path: Path) -> set[int]:
+    """The versions that went live, as the command was told."""
+    text, found = path.read_text(encoding="utf-8") if path.exists() else "", set()
+    while text:
+        one, end = json.JSONDecoder().raw_decode(text)
+        text = text[end:].lstrip()
+        if one["happened"] == "promoted":
+            found.add(one["version"])
+    return found
+
+
 def live_bytes(place: Path) -> dict[str, str]:
     """SHA-256 of every piece of the live version but its times."""
     store = Store(place)
@@ -169,9 +204,19 @@ def main() -> None:
         (base / "data").mkdir()
         whole, cut = base / "whole", base / "cut"
         columns = {"features": [f"x{k}" for k in range(FEATURES)], "label": "label", "id": "id"}
-        Store.create(whole, model={"kind": "mlp", "hidden": [16]}, strategy=STRATEGY, rules=RULES, columns=columns)
+        rules = {**RULES, "alerts": {"command": ["sh", "-c", HEARS]}}
+        Store.create(whole, model={"kind": "mlp", "hidden": [16]}, strategy=STRATEGY, rules=rules, columns=columns)
+        salt, erased, searched = Store(whole).folder.settings.salt, list[bytes](), 0
         shutil.copytree(whole, cut)
-        for number, command in enumerate(plan(arguments.updates, base / "data")):
+        commands = plan(arguments.updates, base / "data")
+        for number, command in enumerate(commands):
+            if command[0] == "erase":
+                gone = traces(command[1], base / "data", salt)
+                erased += gone
+                if not holding(whole, gone):
+                    raise RuntimeError(
+                        f"command {number}: the rows to be erased are not in the store, so nothing is shown"
+                    )
             started = time.perf_counter()
             process, count, _ = start(whole, command)
             process.join()
@@ -204,12 +249,20 @@ def main() -> None:
                 process.join()
                 if process.exitcode != 0:
                     wrong.append(f"command {number} {command[0]} did not complete when it was given again")
+            if erased and (command[0] == "erase" or number == len(commands) - 1):
+                searched += 1
+                held = holding(cut, erased)
+                if held:
+                    wrong.append(f"command {number} {command[0]}: rows that were erased are still in {held}")
             if live_bytes(whole) != live_bytes(cut):
                 wrong.append(f"command {number} {command[0]}: the live version differs from the twin's")
             if wrong:
                 break
             if number % 20 == 0:
                 print(number, command[0], dict(stages), f"{time.perf_counter() - begun:.0f} s", flush=True)
+        unheard = sorted(set(Store(cut).versions()) - told(base / "told-cut"))
+        if unheard:
+            wrong.append(f"nobody was told of the versions {unheard}")
         report = {
             "commands": number + 1,
             "updates": arguments.updates,
@@ -217,6 +270,9 @@ def main() -> None:
             "killed in": dict(stages),
             "killed by": dict(modes),
             "versions": len(Store(cut).versions()),
+            "rows erased": sum(len(given) for what, given in commands if what == "erase"),
+            "searches for their bytes": searched,
+            "versions that were told of": len(told(base / "told-cut")),
             "wrong": wrong,
             "final versions identical": live_bytes(whole) == live_bytes(cut),
             "seconds": round(time.perf_counter() - begun),

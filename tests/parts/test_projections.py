@@ -378,6 +378,47 @@ def test_ogd_refuses_what_it_cannot_follow() -> None:
         loop.edit_gradients()
 
 
+@pytest.mark.parametrize("logits", ["true", "all"])
+def test_ogd_gives_up_the_directions_of_one_row_alone(logits: str) -> None:
+    """Such a direction of a first layer is the row itself, but for a factor."""
+    part = make("ogd", logits=logits, rows=1)
+    loop = looped(part, model=plain_model(), competition="all")
+    for task in TASKS[:2]:
+        train(loop, task)
+    table = TASKS[0].train
+    one = int(part.rows()[torch.isin(part.rows(), table.column("row"))])
+    x = table[(table.column("row") == one).nonzero().flatten()]["inputs"][0]
+
+    def likeness() -> float:
+        rows = part.basis["inner.0.weight"].flatten(0, 1)
+        found = (rows @ x).abs() / (torch.linalg.vector_norm(rows, dim=1).clamp(min=1e-12) * x.norm())
+        return float(found.max())
+
+    assert len(part.rows()) == 2 and likeness() > 0.99999
+    directions, before = len(part.of_N), part.nbytes()
+    assert (directions > 2) == (logits == "all")
+    other = part.rows()[part.rows() != one]
+    left = {name: tensor[part.of_N == other] for name, tensor in part.basis.items()}
+    assert part.erase(torch.tensor([5, 10**9])) == 0 and part.erase(torch.tensor([one])) == 1
+    assert likeness() < 0.9999 and part.rows().tolist() == other.tolist() and part.nbytes() < before
+    assert all(torch.equal(part.basis[name], tensor) for name, tensor in left.items())
+    twin = make("ogd", logits=logits, rows=1)
+    twin.load_state_dict(part.state_dict())
+    assert torch.equal(twin.rows(), other)
+    train(loop, TASKS[2])
+    assert len(part.rows()) == 2
+    assert part.erase(part.rows()) == 2 and not part.basis and not len(part.rows())
+    train(loop, TASKS[0])
+    assert len(part.rows()) == 1
+
+
+def test_ogd_keeps_the_directions_that_several_rows_gave() -> None:
+    part = make("ogd", rows=2)
+    loop = looped(part, model=plain_model(), competition="all")
+    train(loop, TASKS[0])
+    assert len(part.of_N) == 2 and not len(part.rows()) and part.erase(TASKS[0].train.column("row")) == 0
+
+
 def test_ogd_says_that_a_gradient_is_not_finite() -> None:
     part = make("ogd")
     loop = looped(part, model=plain_model(), competition="all")

@@ -98,6 +98,7 @@ def forge(store: Path, change: Callable[[list[dict[str, Any]]], object] = lambda
         line = json.dumps({**entry, "number": number, "before": before}).encode()
         before, text = hashlib.sha256(line).hexdigest(), text + line + b"\n"
     path.write_bytes(text)
+    path.with_suffix(".end").write_text(f"{len(entries)} {before}\n", encoding="utf-8")
 
 
 def forge_settings(store: Path, **changes: Any) -> None:

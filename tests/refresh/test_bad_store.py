@@ -77,6 +77,8 @@ FILES = [
     new("labels that are lists", "label of row 0 is ['x']", label=["x"]),
     new("a label in capitals", "'CLASS 1'", "looks like 'class 1'", "--new-label 'CLASS 1'",
         label=lambda place: "CLASS 1" if place == 3 else "x"),
+    new("a label in two spellings", "'card_lost'", "looks like 'Card lost'", "--new-label 'card_lost'",
+        label=lambda place: ["Card lost", "card_lost"][place % 2]),
     new("a label with other blanks", "'class_1 '", "looks like 'class 1'",
         label=lambda place: "class_1 " if place == 3 else "x"),
     new("rows that are known", "all 5 rows", "given in earlier updates", "nothing new to learn", month=1, count=5),

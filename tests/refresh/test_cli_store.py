@@ -10,6 +10,7 @@ import yaml
 from store_bench import LOOSE, STRATEGY, month
 from test_cli import Done, continual
 
+from continual.refresh import Store
 from continual.refresh.rules import Rules, explained
 
 FEATURES = ["--feature", "a", "--feature", "b", "--feature", "c", "--id", "id"]
@@ -83,14 +84,43 @@ def test_rows_that_differ_stop_an_update_where_the_rules_say_so(tmp_path: Path) 
     init(tmp_path, rules={**LOOSE, "drift": {"stop": ["unknown-classes"]}})
     assert update(tmp_path, 0).returncode == 0
     done = update(tmp_path, 1)
-    assert done.returncode == 3 and "was not learnt" in done.stdout and "class 2" in done.stdout
+    assert (
+        done.returncode == 5
+        and "--accept-drift" in done.stdout
+        and "was not learnt" in done.stdout
+        and "class 2" in done.stdout
+    )
     assert "stopped" in continual("store", "history", "store", cwd=tmp_path).stdout
     status = continual("store", "status", "store", cwd=tmp_path).stdout
     assert status.startswith("store: mlp with 'small', 1 versions")
     assert "the last update was stopped: 'month-1' was not learnt" in status
-    (tmp_path / "store" / "rules.yaml").write_text("gate: {max_drop: 0.9, unsure: promote}\n", encoding="utf-8")
-    assert update(tmp_path, 1).returncode == 0
+    done = update(tmp_path, 1, "--accept-drift")
+    assert (
+        done.returncode == 0
+        and "note: a person accepted what would have stopped the update: unknown-classes." in done.stdout
+    )
+    history = continual("store", "history", "store", cwd=tmp_path).stdout.splitlines()
+    assert [line.split()[1] for line in history][-3:] == ["accepted", "made", "promoted"] and "class 2" in history[-3]
+    assert Store(tmp_path / "store").report().drift.accepted == ("unknown-classes",)
     assert "was stopped" not in continual("store", "status", "store", cwd=tmp_path).stdout
+    (tmp_path / "store" / "rules.yaml").write_text("gate: {max_drop: 0.9, unsure: promote}\n", encoding="utf-8")
+    done = update(tmp_path, 2, "--accept-drift")
+    assert done.returncode == 0 and "accepted" not in done.stdout, "nothing would have stopped it"
+
+
+def test_rows_of_a_version_that_was_taken_back_are_not_live(tmp_path: Path) -> None:
+    init(tmp_path, rules=LOOSE)
+    assert update(tmp_path, 0).returncode == update(tmp_path, 1).returncode == 0
+    assert continual("store", "rollback", "store", cwd=tmp_path).returncode == 0
+    done = update(tmp_path, 1)
+    assert (
+        done.returncode == 3 and "month-1: version 2 rolled back" in done.stdout and "version 1 is live" in done.stdout
+    )
+    assert "went live and was taken back" in done.stdout and "`continual store promote store 2`" in done.stdout
+    assert Store(tmp_path / "store").versions() == [1, 2]
+    assert continual("store", "promote", "store", "2", cwd=tmp_path).returncode == update(tmp_path, 1).returncode == 0
+    continual("store", "rollback", "store", cwd=tmp_path)
+    assert update(tmp_path, 1, "--again").returncode == 0 and Store(tmp_path / "store").live == 3
 
 
 @pytest.mark.parametrize("phrase", ["max drop 0.02 at 95%", "max drop 2%", "max drop .5"])

@@ -15,6 +15,7 @@ from store_cases import ALL, BOMB, M3, NEW, R3, Ready, at, damage, flipped, half
 from test_cli import continual
 
 from continual.refresh import Store
+from continual.refresh.journal import Journal
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,18 @@ def folder(grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path
 
 
+def cut_off(lines: int) -> Ready:
+    """The journal's last lines gone, with the version that they made, and with ``CURRENT`` to match."""
+
+    def ready(folder: Path) -> None:
+        at("journal.jsonl", lambda text: b"".join(text.splitlines(True)[:-lines]))(folder)
+        if lines > 1:
+            at("versions/0003", None)(folder)
+        at("CURRENT", b"2\n")(folder)
+
+    return ready
+
+
 DAMAGE = [
     *damage("store.json taken away", at("store.json", None), "status verify update", "'store' holds no store"),
     *damage("store.json flipped", at("store.json", flipped), ALL, "'store/store.json' is not what was written", "backup"),
@@ -44,6 +57,11 @@ DAMAGE = [
     *damage("the first line taken out", line_out(0), "status verify update", "line 1 of 'store/journal.jsonl' does not follow"),
     *damage("a line twice", at("journal.jsonl", lambda text: text + text.splitlines(True)[-1]), "status verify update", "line 8",
             "not follow"),
+    *damage("the end cut off", cut_off(2), ALL, "'store/journal.jsonl' has 5 lines and had 7: its end was cut off", "backup"),
+    *damage("the last line cut off", cut_off(1), "status verify update", "has 6 lines and had 7"),
+    *damage("the mark flipped", at("journal.end", flipped), "status verify update", "'store/journal.end'"),
+    *damage("the mark empty", at("journal.end", b""), "status verify update", "'store/journal.end' is damaged", "remove it"),
+    *damage("the mark taken away", at("journal.end", None), "verify", "'store/journal.end' is missing", "makes it anew"),
     *damage("CURRENT of words", at("CURRENT", b"three\n"), "status verify predict export", "'store/CURRENT' names no version",
             "`continual store promote store 3` puts it right"),
     *damage("CURRENT empty", at("CURRENT", b""), "status verify predict", "'store/CURRENT' names no version", "promote store 3"),
@@ -113,6 +131,28 @@ def test_every_line_is_missed(folder: Path) -> None:
     for number in range(1, len(whole)):
         path.write_bytes(b"".join(whole[:number]))
         assert continual("store", "verify", "store", cwd=folder).returncode == 1, number
+
+
+def test_a_mark_that_lags_behind_or_is_missing_is_made_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may be killed between a line and its mark, and an older store has none."""
+    path = folder / "store"
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "_put_mark", lambda *_: None)
+        Store(path).promote(1)
+    assert (path / "journal.end").read_text().startswith("7 ") and len(Store(path).history()) == 8
+    assert Store(path).verify() == [] and Store(path).live == 1
+    for content in ((path / "journal.end").read_bytes(), None):
+        at("journal.end", content)(folder)
+        assert Store(path).live == 1
+        assert "nothing was done" in Store(path).promote(1)
+        assert (path / "journal.end").read_text().startswith("8 ") and Store(path).verify() == []
+
+
+def test_a_journal_that_was_cut_off_is_gone_on_with_where_its_mark_is_removed(folder: Path) -> None:
+    cut_off(2)(folder)
+    at("journal.end", None)(folder)
+    assert "made live by hand" in Store(folder / "store").promote(1)
+    assert Store(folder / "store").verify() == [] and len(Store(folder / "store").history()) == 6
 
 
 # What a stranger's store asks for

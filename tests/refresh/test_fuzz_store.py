@@ -318,7 +318,7 @@ def test_any_rules_of_a_store(found: Any, store: Callable[[], Path]) -> None:
 
 # A store's files
 
-FILES = ["store.json", "journal.jsonl", "CURRENT", "erased.json", "rules.yaml", *[
+FILES = ["store.json", "journal.jsonl", "journal.end", "CURRENT", "erased.json", "rules.yaml", *[
     f"versions/{version:04d}/{name}.json" for version in (1, 2) for name in ("manifest", "report")
 ]]  # fmt: skip
 PIECES = ["learner", "clock", "form", "tests/0000", "ledger/0001"]

@@ -490,6 +490,25 @@ def test_a_content_with_two_labels_is_never_on_both_sides(seed: int, tmp_path: P
     assert store.update(path, device="cpu", progress=False).happened == "promoted"
 
 
+@pytest.mark.parametrize(
+    ("labels", "alike"),
+    [
+        (("Card lost", "card_lost"), True), (("CardLost", "card-lost"), True), (("class 1", "Class1"), True),
+        (("(other)", "other."), True), (("-1", "1"), False), (("C", "C++", "C#"), False), (("1.0", "10"), False),
+        (("A", "A-", "A+"), False), (("1-2", "12"), False), (("+", "-"), False), (("...", "!!"), False),
+    ],
+)  # fmt: skip
+def test_labels_that_look_alike_in_one_file(labels: tuple[str, ...], alike: bool, tmp_path: Path) -> None:
+    store, rows = small_store(tmp_path), month(tmp_path, 0, classes=labels)
+    if alike:
+        with pytest.raises(StreamError, match="looks like"):
+            store.update(rows, device="cpu", progress=False)
+    accepted = labels[:1] if alike else ()
+    assert store.update(rows, device="cpu", progress=False, new_labels=accepted).happened == "promoted"
+    assert set(store.learner(device="cpu").class_names) == set(labels)
+    assert store.update(month(tmp_path, 1, classes=labels), device="cpu", progress=False).happened == "promoted"
+
+
 def test_a_first_update_without_a_hold_out_is_refused_and_a_later_one_is_not(tmp_path: Path) -> None:
     store = small_store(tmp_path)
     few = month(tmp_path, 0, rows=2)

@@ -9,8 +9,8 @@ Departures: after the optimiser's step the movement of the parameters is project
 plain SGD, and without which momentum, Adam and weight decay would leak into the span (the gradient is projected before).
 The basis comes from a singular value decomposition instead of Gram-Schmidt, so that rows which say nothing new add nothing.
 
-The basis holds directions x parameters numbers, and grows with every experience. No row is kept, but directions that rows
-gave are not given up with them.
+The basis holds directions x parameters numbers, and grows with every experience. No row is kept. Directions that one row alone
+gave (of an experience of one row, or ``rows: 1``) are given up with it; those that several rows gave stay.
 
 Letters: n new rows, N directions, P parameters, K classes, B rows of a batch.
 """
@@ -71,6 +71,8 @@ class OGD(Part):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.basis: dict[str, Tensor] = {}
+        self.of_N = torch.empty(0, dtype=torch.int64)
+        """The id of the row that alone gave a direction, -1 where several did."""
         self._aligned = False
         self._before: list[Tensor] | None = None
 
@@ -123,8 +125,16 @@ class OGD(Part):
             return
         generator = context.randomness.generator("ogd")
         stacks = Stacks(parameters)
-        batches = context.batches(experience.train, limit=self.settings.rows, generator=generator, gradients=True)
-        per_row(context, batches, self._targets, stacks, parameters)
+        ids: list[Tensor] = []
+
+        def batches() -> Iterator[Batch]:
+            for batch in context.batches(
+                experience.train, limit=self.settings.rows, generator=generator, gradients=True
+            ):
+                ids.append(batch["row"].cpu())
+                yield batch
+
+        per_row(context, batches(), self._targets, stacks, parameters)
         stacked = stacks.stacked()
         new_nP = torch.cat([stacked[name].flatten(1) for name in parameters], 1)
         if not bool(torch.isfinite(new_nP).all()):
@@ -135,17 +145,37 @@ class OGD(Part):
         self._align(parameters)
         held = [self.basis[name].flatten(1) for name in parameters if name in self.basis]
         basis_NP = torch.cat(held, 1) if held else new_nP[:0]
-        basis_NP = torch.cat([basis_NP, _directions(new_nP, basis_NP, self.settings.directions)])
+        found_NP, rows = _directions(new_nP, basis_NP, self.settings.directions), torch.cat(ids)
+        basis_NP = torch.cat([basis_NP, found_NP])
+        self.of_N = torch.cat([self.of_N, torch.full((len(found_NP),), int(rows[0]) if len(rows) == 1 else -1)])
         for (name, parameter), part in zip(
             parameters.items(), torch.split(basis_NP, [p.numel() for p in parameters.values()], 1), strict=True
         ):
             self.basis[name] = part.reshape(-1, *parameter.shape).clone()
 
+    def rows(self) -> Tensor:
+        alone: Tensor = torch.unique(self.of_N[self.of_N >= 0])
+        return alone
+
+    def erase(self, rows: Tensor) -> int:
+        """Give up the directions that one of these rows alone gave."""
+        gone_N = torch.isin(self.of_N, rows.to("cpu", torch.int64)) & (self.of_N >= 0)
+        if not bool(gone_N.any()):
+            return 0
+        count = len(torch.unique(self.of_N[gone_N]))
+        self.of_N = self.of_N[~gone_N]
+        self.basis = (
+            {name: part[~gone_N.to(part.device)] for name, part in self.basis.items()} if len(self.of_N) else {}
+        )
+        self._before = None
+        return count
+
     def state_dict(self) -> dict[str, Any]:
-        return {"basis": dict(self.basis)}
+        return {"basis": dict(self.basis), "of": self.of_N.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.basis = {name: tensor.clone() for name, tensor in state["basis"].items()}
+        self.of_N = state["of"].to("cpu", copy=True)
         self._aligned = False
 
     def _held(self) -> tuple[list[str], list[nn.Parameter]]:

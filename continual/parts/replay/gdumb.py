@@ -41,7 +41,11 @@ class GDumbSettings(StoreSettings):
 
 
 class GDumb(Part):
-    """Trains from scratch on a balanced memory alone; it holds the first weights beside the rows."""
+    """Trains from scratch on a balanced memory alone; it holds the first weights beside the rows.
+
+    The first weights were never trained, so that no row is in them; but a linear head with ``init: mean`` begins with what it
+    computed from the rows of a class, and where that was one row alone, :meth:`erase` leaves its features there.
+    """
 
     slot: ClassVar[Slot] = "replay"
     Settings: ClassVar[type[Spec]] = GDumbSettings
