@@ -151,16 +151,44 @@ def test_weights_that_rows_bring_are_kept() -> None:
     torch.testing.assert_close(batch["weight"], torch.tensor([0.05, 0.1, 0.15, 0.2, *[0.125] * 4]))
 
 
-def test_cut_and_resumed_is_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scenario", ["class", "domain", "task"])
+def test_the_old_classifier_labels_what_is_made(scenario: Any) -> None:
+    part = GenerativeReplay(**{**SMALL, "lr": 1e-4}, labels="teacher")
+    loop = looped(part, scenario=scenario, competition="experience" if scenario == "task" else "seen")
+    for index in range(2):
+        train(loop, experience(index, classes=(0, 1) if scenario == "domain" else None), epochs=3)
+    assert not part.teacher, "no second copy of the model between experiences"
+    given = experience(2, classes=(0, 1) if scenario == "domain" else None)
+    loop.begin(given)
+    old = copy.deepcopy(loop.model).eval()
+    draws = torch.Generator()
+    draws.set_state(loop.randomness.generator("generative replay").get_state())
+    known = [0, 1] if scenario == "domain" else [0, 1, 2, 3]
+    differ = 0
+    for rows in torch.arange(24).split(8):
+        step(loop, given.train[rows])
+        batch = recorded(loop)[-1]
+        asked = torch.tensor(known)[torch.randint(len(known), (8,), generator=draws)]
+        torch.randn(8, SMALL["latent"], generator=draws)
+        logits = old(batch).logits[8:]
+        for n, label in enumerate(asked.tolist()):
+            among = [2 * (label // 2), 2 * (label // 2) + 1] if scenario == "task" else known
+            assert int(batch["labels"][8 + n]) == among[int(logits[n, among].argmax())]
+        differ += int((asked != batch["labels"][8:]).sum())
+    assert differ > 3, "a generator as bad as this one makes rows of other classes"
+
+
+@pytest.mark.parametrize("labels", ["asked", "teacher"])
+def test_cut_and_resumed_is_the_same(tmp_path: Path, labels: str) -> None:
     runs: list[tuple[list[Tensor], list[float]]] = []
     for cut in (False, True):
-        part = GenerativeReplay(**SMALL)
+        part = GenerativeReplay(**SMALL, labels=labels)
         loop = looped(part, seed=2)
         train(loop, experience(0))
         loop.begin(experience(1))
         epochs_of(loop, experience(1), 1)
         if cut:
-            again = GenerativeReplay(**SMALL)
+            again = GenerativeReplay(**SMALL, labels=labels)
             loop = resumed(loop, part, looped(again, seed=5), again, tmp_path / "s")
             part = again
         epochs_of(loop, experience(1), 1)

@@ -30,8 +30,8 @@ from torch.nn import functional as F
 from continual.kinds import Objective
 from continual.models.output import Output
 from continual.objective import Criterion
-from continual.parts.distillation.teacher import Teacher
 from continual.parts.part import Context, Part, Slot
+from continual.parts.teacher import Teacher
 from continual.spec import Spec
 from continual.streams.experience import Experience
 from continual.table import IGNORED, Batch

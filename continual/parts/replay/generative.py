@@ -5,8 +5,10 @@ autoencoder and the loss 1/t · current + (1 − 1/t) · replayed of van de Ven 
 experiences met. While an experience is learnt, rows come from the generator as it was before it; a copy is trained on
 current and made rows by the same weights, one step for each batch, and takes its place at the end.
 
-Departures: the generator is conditional on the class (``models/vae.py``), so that a made row has the class that was
-asked for, where the papers let the previous classifier label it. Its optimiser begins anew in each experience. And a
+Departures: the generator is conditional on the class (``models/vae.py``), so that as many rows are made of each. A made row has the
+class that was asked for; with ``labels: teacher`` the one that the classifier gives it as it was when the experience began, as in
+the papers, among the classes met before (``task``: those of the experience that was asked for, where van de Ven et al. train the
+heads of all earlier experiences on every made row). The generator's optimiser begins anew in each experience. And a
 generator is used only when its rows are good: at the end of an experience the classifier must recognise a share
 ``threshold`` of the rows made for every class, else the next experience is refused.
 
@@ -33,6 +35,7 @@ from continual.objective import mask_logits
 from continual.parts.part import Context, Part, Slot
 from continual.parts.passes import as_at_test
 from continual.parts.replay.mix import ExperienceWeights, join, replay_count
+from continual.parts.teacher import Teacher
 from continual.spec import Spec
 from continual.streams.experience import Experience
 from continual.table import Batch
@@ -46,6 +49,7 @@ class GenerativeSettings(Spec):
 
     Attributes:
         share: part of the rows of a forward pass that are made, in (0, 1).
+        labels: of made rows: the class that was ``asked`` for, or what the old classifier, the ``teacher``, makes of it.
         hidden, latent: of the autoencoder (:class:`~continual.models.vae.ConditionalVAE`).
         likelihood: ``bernoulli`` for inputs in [0, 1], ``gaussian`` for any.
         lr: learning rate of the generator (Adam).
@@ -55,6 +59,7 @@ class GenerativeSettings(Spec):
 
     kind: Literal["generative"] = "generative"
     share: float = Field(0.5, gt=0, lt=1)
+    labels: Literal["asked", "teacher"] = "asked"
     hidden: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (400, 400)
     latent: PositiveInt = 100
     likelihood: Likelihood = "bernoulli"
@@ -84,6 +89,7 @@ class GenerativeReplay(Part):
         self.shares: list[float] = []
         """For those that ``generator`` knows: the share of made rows that the classifier recognised."""
         self.weights = ExperienceWeights()
+        self.teacher = Teacher()
         self._shape: list[int] = []
 
     def attach(self, context: Context) -> None:
@@ -115,6 +121,8 @@ class GenerativeReplay(Part):
             self.learning.grow_to(max(classes) + 1, draws)
         self.known += [label for label in classes if label not in self.known]
         self.optimizer = self._make_optimizer(self.learning)
+        if self.generator is not None and self.settings.labels == "teacher":
+            self.teacher.copy(context)
 
     def extend(self, batch: Batch) -> Batch:
         """The batch with made rows after its own (``row`` −1), of classes drawn evenly from those met before."""
@@ -126,6 +134,8 @@ class GenerativeReplay(Part):
         old = torch.tensor(self.known[: len(self.shares)])
         labels_M = old[torch.randint(len(old), (count,), generator=draws)].to(device, non_blocking=True)
         made = self._rows_of(self.generator, labels_M, torch.randn(count, self.settings.latent, generator=draws))
+        if self.teacher:
+            made["labels"] = self._named_by_teacher(made, old.to(device, non_blocking=True))
         joined = join(batch, made)
         joined["weight"] = self.weights.of(joined, len(batch["labels"]), met)
         return joined
@@ -148,6 +158,7 @@ class GenerativeReplay(Part):
         assert self.learning is not None, "begin comes first"
         self.generator = self.learning.requires_grad_(False)
         self.learning = self.optimizer = None
+        self.teacher = Teacher()
         self.shares = self._recognised(context, self.generator)
 
     def report(self) -> str | None:
@@ -174,12 +185,14 @@ class GenerativeReplay(Part):
             "known": list(self.known),
             "shares": list(self.shares),
             "shape": list(self._shape),
+            "teacher": self.teacher.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``."""
         self.known, self.shares = [int(c) for c in state["known"]], [float(s) for s in state["shares"]]
         self._shape = [int(size) for size in state["shape"]]
+        self.teacher.load_state_dict(state["teacher"])
         self.generator, self.learning = self._loaded(state["generator"]), self._loaded(state["learning"])
         if self.generator is not None:
             self.generator.requires_grad_(False)
@@ -259,6 +272,14 @@ class GenerativeReplay(Part):
             "labels": labels_M,
             "row": torch.full_like(labels_M, -1),
         }
+
+    def _named_by_teacher(self, made: Batch, old_G: Tensor) -> Tensor:
+        """What the old classifier makes of the rows, of the classes in ``old_G`` that compete, int64 (M,)."""
+        logits_MK = self.teacher(self.context, made).logits
+        known_K = torch.zeros(logits_MK.shape[1], dtype=torch.bool, device=logits_MK.device)
+        known_K[old_G] = True
+        competing = self.context.active(made)
+        return mask_logits(logits_MK, known_K if competing is None else known_K & competing).argmax(1)
 
     def _make(self, inputs: int, classes: int, generator: torch.Generator) -> ConditionalVAE:
         own = self.settings
