@@ -229,8 +229,8 @@ def erase_command(
     ],
     trust: Trust = None,
 ) -> None:
-    """Erase rows from every version, and say whose weights were trained on them and how to train anew without them."""
-    from continual.errors import StreamError
+    """Erase rows from every version, and say whose weights were trained on them and how to train anew; exit 1: none is known."""
+    from continual.errors import StreamError, quoted
     from continual.refresh import Store
 
     opened = Store(store, trust=trust or ())
@@ -245,12 +245,20 @@ def erase_command(
     else:
         found = opened.erase_rows(rows)
     print(found.sentence)
+    if found.unknown:
+        more = f" and {len(found.unknown) - 5} more" if len(found.unknown) > 5 else ""
+        print(
+            f"note: no version of this store was ever given {quoted(found.unknown[:5])}{more} "
+            f"({len(found.unknown)} of the {found.asked} named); later updates leave such rows out"
+        )
     for place, count in sorted(found.places.items()):
         print(f"  {place}: {count}")
     if found.commands:
         print("to train anew without them:")
         for command in found.commands:
             print(f"  {command}")
+    if len(found.unknown) == found.asked:
+        raise typer.Exit(1)
 
 
 @store_app.command("export")

@@ -15,7 +15,7 @@ What a kind compares, and where it can say nothing:
                           test of features alone tells that from a change of the source. Not for language models.
 ``form-shift``            texts: length, unknown tokens, word pieces, word order, of all rows, measured against what topics do
                           (:mod:`.form`); numbers: every input, of classes on both sides.
-``unknown-classes``       every new row.
+``unknown-classes``       every new row; something to know, and a finding where the rules stop at it.
 ``near-duplicates``       cosines of features (:mod:`.copies`).
 ``leakage``               every new row against every hold-out row, by content.
 ========================  =====================================================================================================
@@ -110,10 +110,13 @@ def compare(
         comparison.classes(known, [len(table) for table in holdouts], every_class=scenario == "domain")
     elif objective == "regression":
         comparison.targets()
+    found = [one for kind in _ORDER if (one := comparison.found.get(kind)) is not None]
+    meant = {"unknown-classes"} - {*rules.stop}
     return Drift(
         new=fresh.looked_at,
         reference=sum(side.looked_at for side in at_hand),
-        found=tuple(found for kind in _ORDER if (found := comparison.found.get(kind)) is not None),
+        found=tuple(one for one in found if one.kind not in meant),
+        known=tuple(one for one in found if one.kind in meant),
         tested=tuple(kind for kind in _ORDER if kind in comparison.found),
     )
 

@@ -85,12 +85,14 @@ class Drift(Record):
     Attributes:
         new, reference: rows that were looked at on each side.
         found: what was found, the most serious first; empty where nothing was.
+        known: what should be known and is nothing wrong, such as new classes where classes come month by month.
         tested: every kind that could be tested here, found or not.
     """
 
     new: Count = 0
     reference: Count = 0
     found: tuple[Found, ...] = ()
+    known: tuple[Found, ...] = ()
     tested: tuple[Finding, ...] = ()
 
 

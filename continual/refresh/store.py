@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import NonNegativeInt
 from torch import Tensor
 
-from continual.errors import SpecError, StateError, StreamError
+from continual.errors import SpecError, StateError, StreamError, quoted
 from continual.learner import Learner
 from continual.learner.trust import check_trusted, wishes
 from continual.models.build import base_on_disk, gives_features, module_class
@@ -36,6 +36,10 @@ from continual.spec import Spec, parse
 from continual.state import write_text
 from continual.strategy import Strategy
 from continual.streams.experience import Scenario
+
+
+LISTED = 10
+"""Names that a sentence lists."""
 
 
 class Store:
@@ -247,6 +251,7 @@ class Store:
                 return f"version {version} is live already: nothing was done."
             self._check_loadable(version)
             sentence = f"version {version} ('{manifest.experience}', {manifest.answer}) was made live by hand"
+            sentence += self._lacks(version, self.folder.current())
             self.folder.go_live(version, "promoted", sentence)
             return f"{sentence}."
 
@@ -278,7 +283,7 @@ class Store:
                     f"{target}` makes it live."
                 )
             self._check_loadable(target)
-            sentence = f"rolled back from version {live} to {target}"
+            sentence = f"rolled back from version {live} to {target}{self._lacks(target, live)}"
             self.folder.go_live(target, "rolled back", sentence)
             return f"{sentence}; the next update goes on from there."
 
@@ -301,21 +306,28 @@ class Store:
                 f"the rows of '{self.path}' have no id column, so no id names one: hand the rows themselves to erase_rows(), or "
                 "give --rows a file of them."
             )
-        named = [str(one) for one in ids]
+        named = list(dict.fromkeys(str(one) for one in ids))
         if not named:
             raise StreamError("no row to erase is named: give ids, one at least.")
         found = row_ids(named, settings.salt)
-        return self._erase(lambda: found)
+        return self._erase(lambda: (found, named))
 
     def erase_rows(self, rows: Any) -> Erasure:
         """As :meth:`erase`, of rows that are given themselves, in any form that :meth:`update` takes."""
         settings = self.folder.settings
-        return self._erase(lambda: read_rows(rows, settings.columns, settings.objective, settings.salt).ids)
 
-    def _erase(self, rows: Callable[[], Tensor]) -> Erasure:
+        def given() -> tuple[Tensor, list[str]]:
+            found = read_rows(rows, settings.columns, settings.objective, settings.salt)
+            if found.raw.ids is None:  # places count from 0 among rows that differ
+                return found.ids, [f"row {place}" for place in range(len(found.ids))]
+            return found.ids, [str(name) for name in found.raw.ids]
+
+        return self._erase(given)
+
+    def _erase(self, rows: Callable[[], tuple[Tensor, list[str]]]) -> Erasure:
         self._check_trust()
         with self.folder.writing("erase"), self.folder.cached():
-            return erase(self.folder, rows(), self.trust)
+            return erase(self.folder, *rows(), self.trust)
 
     def learner(self, version: int | None = None, *, device: str = "auto") -> Learner:
         """The learner of a version (the live one)."""
@@ -326,6 +338,13 @@ class Store:
     def predict(self, rows: Any, *, version: int | None = None, device: str = "auto") -> dict[str, Any]:
         """Predictions of a version (the live one), as :meth:`Learner.predict` gives them."""
         return self.learner(version, device=device).predict(rows)
+
+    def _lacks(self, version: int, live: int | None) -> str:
+        """What a version about to go live has not learnt and the live one has, as the end of a sentence."""
+        names = self.folder.lacking(version, live)
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        listed = f"{quoted(names[:LISTED])}{more}"
+        return f"; version {version} has not learnt {listed}, which version {live} has" if names else ""
 
     def _version(self, version: int | None) -> int:
         if version is not None:

@@ -379,7 +379,7 @@ class Update:
             drift=request.drift,
             measured=measured,
             score=PRIMARY[learner.objective],
-            notes=(*offered.notes, *learner.notes[self._notes :]),
+            notes=(*offered.notes, *(one.sentence for one in request.drift.known), *learner.notes[self._notes :]),
             cost={
                 "train": train,
                 "evaluate": evaluate,

@@ -63,6 +63,14 @@ def test_a_store_from_init_to_export(tmp_path: Path) -> None:
     (tmp_path / "ids.txt").write_text("m1-3\nm1-4\n", encoding="utf-8-sig")  # as Windows writes it
     done = continual("store", "erase", "store", "--rows", "ids.txt", cwd=tmp_path)
     assert done.returncode == 0 and "2 of 2 rows were erased" in done.stdout and "rollback store 1" in done.stdout
+    assert "was ever given" not in done.stdout
+    assert continual("store", "erase", "store", "--rows", "ids.txt", cwd=tmp_path).returncode == 0, "the same again"
+    strangers = [f"x{number}" for number in range(7)]
+    for ids, status, count in ((["m1-5", *strangers], 0, 8), (["y", "z"], 1, 2)):
+        (tmp_path / "ids.txt").write_text("\n".join(ids), encoding="utf-8")
+        done = continual("store", "erase", "store", "--rows", "ids.txt", cwd=tmp_path)
+        named = "'x0', 'x1', 'x2', 'x3', 'x4' and 2 more (7 of" if status == 0 else "'y', 'z' (2 of"
+        assert done.returncode == status and f"was ever given {named} the {count} named)" in done.stdout, done.stdout
     assert continual("store", "verify", "store", cwd=tmp_path).returncode == 0
     done = continual("store", "export", "store", "--to", "plain", cwd=tmp_path)
     assert done.returncode == 0 and "base_model" not in (tmp_path / "plain" / "README.md").read_text(), done.stderr
@@ -89,7 +97,10 @@ def test_rows_that_differ_stop_an_update_where_the_rules_say_so(tmp_path: Path) 
     assert status.startswith("store: mlp with 'small', 1 versions")
     assert "the last update was stopped: 'month-1' was not learnt" in status
     (tmp_path / "store" / "rules.yaml").write_text("gate: {max_drop: 0.9, unsure: promote}\n", encoding="utf-8")
-    assert update(tmp_path, 1).returncode == 0
+    done = update(tmp_path, 1)
+    assert done.returncode == 0 and "drift:" not in done.stdout, done.stdout
+    assert "note: " in done.stdout and "are of 2 classes not known before" in done.stdout
+    assert "drift:" not in continual("store", "status", "store", cwd=tmp_path).stdout
     assert "was stopped" not in continual("store", "status", "store", cwd=tmp_path).stdout
 
 

@@ -58,13 +58,17 @@ def kinds(drift: Drift) -> list[str]:
     return [one.kind for one in drift.found]
 
 
+def known(drift: Drift) -> list[str]:
+    return [one.kind for one in drift.known]
+
+
 # --- the form of texts
 
 
 def test_ordinary_months_of_new_topics_are_no_news() -> None:
     for seed in range(5):
         drift = drift_of(texts(range(10, 18), seed, 10_000), [texts(range(10), seed, 0)], 10)
-        assert kinds(drift) == ["unknown-classes"]
+        assert kinds(drift) == [] and known(drift) == ["unknown-classes"]
         assert drift.tested == ("leakage", "form-shift", "unknown-classes")
 
 
@@ -123,10 +127,13 @@ def test_wording_of_rows_without_classes_counts_from_what_topics_do_alone() -> N
 
 def test_classes_not_known_before_are_named_the_largest_first() -> None:
     new = blobs(labels_of({0: 30, 5: 3, 6: 7}), 1000, 1)
-    one = found(drift_of(new, [blobs(labels_of({0: 50, 1: 50}), 0, 0)], 2), "unknown-classes")
+    at_hand: list[Table] = [blobs(labels_of({0: 50, 1: 50}), 0, 0)]
+    (one,) = drift_of(new, at_hand, 2).known
     assert one.names == ("topic 6", "topic 5") and one.rows == 10 and one.effect == 0.25 and one.p_value is None
     assert "'topic 6' (7 rows), 'topic 5' (3 rows)" in one.sentence
-    assert "unknown-classes" not in drift_of(new, [blobs(labels_of({0: 50, 1: 50}), 0, 0)], 0).tested
+    stops = drift_of(new, at_hand, 2, rules=DriftRules(stop=["unknown-classes"]))
+    assert stops.known == () and found(stops, "unknown-classes") == one
+    assert "unknown-classes" not in drift_of(new, at_hand, 0).tested
 
 
 def test_shares_of_known_classes_are_compared() -> None:
@@ -163,7 +170,7 @@ def test_covariate_shift_is_measured_class_by_class() -> None:
     at_hand: list[Table] = [blobs(labels_of({0: 150, 1: 30, 2: 60}), 0, 0)]
     mixture = drift_of(blobs(labels_of({0: 30, 1: 150, 2: 60, 9: 200}), 1000, 1), at_hand, 3, features=inputs)
     assert "covariate-shift" in mixture.tested and "form-shift" in mixture.tested
-    assert kinds(mixture) == ["label-shift", "unknown-classes"]
+    assert kinds(mixture) == ["label-shift"] and known(mixture) == ["unknown-classes"]
     moved = drift_of(blobs(labels_of({0: 100, 1: 20, 2: 40}), 1000, 1, move=1.0), at_hand, 3, features=inputs)
     shift = found(moved, "covariate-shift")
     assert shift.rows == 160 and set(shift.names) == {"topic 0", "topic 1", "topic 2"} and shift.effect > 0.3
@@ -184,7 +191,8 @@ def test_the_class_that_moved_is_named_first() -> None:
 def test_nothing_is_said_of_features_where_all_classes_are_new() -> None:
     new, at_hand = blobs(labels_of({5: 100, 6: 100}), 1000, 1, move=9.0), [blobs(labels_of({0: 100, 1: 100}), 0, 0)]
     drift = drift_of(new, at_hand, 2, features=inputs)
-    assert drift.tested == ("leakage", "near-duplicates", "unknown-classes") and kinds(drift) == ["unknown-classes"]
+    assert drift.tested == ("leakage", "near-duplicates", "unknown-classes") and kinds(drift) == []
+    assert known(drift) == ["unknown-classes"]
 
 
 def test_few_rows_are_not_tested() -> None:

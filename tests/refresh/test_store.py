@@ -83,8 +83,10 @@ def test_a_refused_version_stays_and_is_not_live(tmp_path: Path) -> None:
     assert again.happened == "failed" and again.version == 2 and "--again" in again.sentence, "nothing is trained twice"
     assert store.versions() == [1, 2]
     assert store.update(month(tmp_path, 1), device="cpu", progress=False, again=True).version == 3
-    assert "made live by hand" in store.promote(2) and store.live == 2
-    assert "version 2 to 1" in store.rollback() and store.live == 1
+    sentence = store.promote(2)
+    assert "made live by hand" in sentence and "has not learnt" not in sentence and store.live == 2
+    sentence = store.rollback()
+    assert "version 2 to 1; version 1 has not learnt 'month-1', which version 2 has" in sentence and store.live == 1
     assert [entry.event for entry in store.history()][-2:] == ["promoted", "rolled back"]
 
 
@@ -99,6 +101,16 @@ def test_a_version_that_was_never_live_is_promoted_and_not_rolled_back_to(tmp_pa
     assert store.live == 2 and "to 1" in store.rollback(1) and "to 2" in store.rollback(2)
     store.promote(3)
     assert "from version 3 to 2" in store.rollback()
+
+
+def test_a_version_that_goes_live_names_the_months_that_it_lacks(tmp_path: Path) -> None:
+    store = grown(tmp_path, 3)
+    assert "to 1; version 1 has not learnt 'month-1', 'month-2', which version 3 has;" in store.rollback(1)
+    store.update(month(tmp_path, 2), device="cpu", progress=False, again=True, name="late")
+    assert store.live == 4 and store.folder.lacking(3, 4) == [], "the same rows under another name"
+    assert store.promote(3).endswith("was made live by hand.")
+    assert "; version 4 has not learnt 'month-1', which version 3 has." in store.promote(4)
+    assert "has not learnt 'month-1', which" in store.history()[-1].sentence
 
 
 def test_what_the_rows_cannot_tell_is_held_back_or_let_through_as_the_rules_say(tmp_path: Path) -> None:
@@ -272,8 +284,8 @@ def test_rows_are_erased_from_every_version_and_every_byte(tmp_path: Path) -> No
     ids = ["m0-1", "m0-2", "m1-5", "m1-6", "m1-7"]
     before = store.learner(device="cpu").ledger
     known = torch.cat([torch.cat([entry.trained_ids, entry.tested_ids]) for entry in before.entries])
-    found = store.erase([*ids, "stranger"])
-    assert (found.asked, found.known) == (6, 5)
+    found = store.erase([*ids, "stranger", "m0-1"])
+    assert (found.asked, found.known, found.unknown) == (6, 5, ("stranger",))
     assert (found.trained and "rollback" in found.commands[0]) or "first" in found.commands[0]
     assert store.verify() == [] and store.history()[-1].event == "erased"
     from continual.refresh.intake import row_ids
@@ -360,7 +372,10 @@ def test_rows_without_ids_are_erased_by_themselves(tmp_path: Path) -> None:
         store.erase(["m0-1"])
     some = tmp_path / "some.jsonl"
     some.write_text("\n".join(month(tmp_path, 0).read_text(encoding="utf-8").splitlines()[:4]), encoding="utf-8")
-    assert store.erase_rows(some).known == 4 and store.verify() == []
+    some.write_text(some.read_text(encoding="utf-8") + '\n{"label": "x", "a": 9, "b": 9, "c": 9}', encoding="utf-8")
+    found = store.erase_rows(some)
+    assert (found.asked, found.known, found.unknown) == (5, 4, ("row 4",)) and store.verify() == []
+    assert store.erase_rows(some).unknown == (), "they were erased, or asked for, before"
 
 
 def test_a_flipped_bit_is_found_and_named_wherever_it_is(tmp_path: Path) -> None:
