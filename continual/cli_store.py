@@ -63,12 +63,18 @@ def init_command(
     from continual.errors import SpecError
     from continual.refresh import Store
     from continual.refresh.rules import gate_phrase
+    from continual.refresh.store import TEXT_MODEL
     from continual.spec import overrides_of
 
     if gate is not None and rules is not None:
         raise SpecError("both --gate and --rules are given: write the gate into the rule file, or leave --rules out.")
     given: Any = rules if gate is None else {"gate": gate_phrase(gate)}
     columns = {"text": text, "label": label, "features": features or None, "id": id_column}
+    if model == "mlp" and not features and text is None:
+        raise SpecError(
+            "an mlp (what --model is where nothing is named) reads numbers, and no --feature names a column of them: name each, or "
+            f"{TEXT_MODEL}, with --model."
+        )
     made = Store.create(
         store,
         model=model,

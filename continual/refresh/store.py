@@ -9,12 +9,12 @@ from typing import Any
 from pydantic import NonNegativeInt
 from torch import Tensor
 
-from continual.errors import SpecError, StateError, StreamError, quoted
+from continual.errors import CompositionError, SpecError, StateError, StreamError, quoted
 from continual.learner import Learner
 from continual.learner.trust import check_trusted, wishes
 from continual.models.build import base_on_disk, gives_features, module_class
 from continual.models.hub import is_path, resolve
-from continual.models.spec import ModelSpec, ModuleSpec, PretrainedSpec, parse_model_spec
+from continual.models.spec import MLPSpec, ModelSpec, ModuleSpec, PretrainedSpec, parse_model_spec
 from continual.objective import Objective
 from continual.provenance import now
 from continual.refresh.alerts import tell
@@ -38,6 +38,7 @@ from continual.strategy import Strategy
 from continual.streams.experience import Scenario
 
 
+TEXT_MODEL = "a model of text, such as sentence-transformers/all-MiniLM-L6-v2"
 LISTED = 10
 """Names that a sentence lists."""
 
@@ -107,6 +108,7 @@ class Store:
         check_ladder(chosen, checked)
         base = base_on_disk(model)
         _check_model(spec, base)
+        _check_rows(spec, chosen, named, asked.objective)
         settings = Settings(
             created=now(),
             model=spec.model_dump(mode="json", by_alias=True, exclude_unset=True),
@@ -395,6 +397,25 @@ def _check_model(spec: ModelSpec, base: str | None) -> None:
         module_class(spec)
     if isinstance(spec, PretrainedSpec) and base is None and is_path(spec.name):
         resolve(spec.name)
+
+
+def _check_rows(spec: ModelSpec, strategy: Strategy, columns: Columns, objective: Objective) -> None:
+    """Raise where the model cannot read such rows, or not with this strategy, which the first update would find out."""
+    text = next((one for one in (columns.text, columns.prompt, columns.messages) if one is not None), None)
+    if isinstance(spec, PretrainedSpec) and columns.features:
+        raise SpecError("a transformer reads text and the columns name 'features': name a column of text, or take 'mlp'.")
+    if not isinstance(spec, MLPSpec):
+        return
+    tokens = [part.name for part in strategy.prototypes if part.needs_tokens]
+    if objective not in ("classification", "regression"):
+        raise SpecError(f"an mlp cannot be trained for {objective}: name a language model of Hugging Face.")
+    if tokens:
+        raise CompositionError(
+            f"{tokens[0]} puts virtual tokens before those of a row, and an mlp reads none: name a transformer of Hugging Face as "
+            "the model, or take adapter kind 'lora'."
+        )
+    if text is not None:
+        raise SpecError(f"an mlp reads numbers and '{text}' is text: name {TEXT_MODEL}, or 'features'.")
 
 
 def _rule_text(rules: Any, checked: Rules) -> str:
