@@ -35,7 +35,8 @@ class Check(Record):
     Attributes:
         rule: the key of :class:`~continual.refresh.rules.GateRules`.
         name: of the experience or probe; empty where the rule is about the whole.
-        value: what was measured (a drop, a score, a share, a ratio, bytes), with its interval where it has one.
+        value: what was measured (a drop, a score, a share, a ratio, bytes).
+        low, high: one-sided bounds of it, each at the confidence of the rules; None where it has none.
         limit: what the rule allows.
         p_value: of "it is broken", corrected for the number of experiences; None where nothing was tested.
         rows_needed: where the answer is ``cannot tell``, how many rows would tell; None where none would.
@@ -102,7 +103,7 @@ class Measured(Record):
     Attributes:
         learnt: mean score in the version that learnt it, on the same rows.
         before: in the version that was live when this one was made; None where it did not know the experience.
-        low, high: 95 % interval of ``score``.
+        low, high: two-sided 95 % interval of ``score``.
     """
 
     name: str

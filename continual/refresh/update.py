@@ -9,13 +9,11 @@ All steps of the transaction stand here in their order, with what each leaves fo
 from __future__ import annotations
 
 import hashlib
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, Literal
 
 import torch
@@ -25,10 +23,11 @@ from continual.errors import ContinualError, ModelError, StateError, StreamError
 from continual.learner import Learner
 from continual.models.build import base_on_disk
 from continual.monitor.evaluation import evaluating
-from continual.objective import PRIMARY, Objective
+from continual.objective import PRIMARY
 from continual.parts.replay.store import KeepsRows
 from continual.provenance import commit, now, versions
 from continual.refresh.allowed import check_ladder, check_rules
+from continual.refresh.bounds import rows_to_pass
 from continual.refresh.drift import compare, stopped_by
 from continual.refresh.folder import Folder, no_link
 from continual.refresh.intake import Divided, Offered, check_form, check_labels, divide, read_rows, without
@@ -50,7 +49,7 @@ from continual.refresh.records import (
     record_text,
 )
 from continual.refresh.restored import restored, whole
-from continual.refresh.rules import GateRules, Happened, Rules
+from continual.refresh.rules import Happened, Rules
 from continual.refresh.wording import word_pieces
 from continual.spec import parse
 from continual.state import recover_folder
@@ -130,8 +129,8 @@ class Update:
         limit = holdout_rows(rules, 0 if parent is None else len(parent.experience_names))
         name = self._name(parent) if request is None else request.experience
         early = self.strategy.training.early_stopping is not None
-        least = rows_to_pass(rules.gate, self.settings.objective)
-        divided = divide(offered, rules.holdout, least=least, most=limit, valid=early)
+        least, wanted = (rows_to_pass(rules.gate, self.settings.objective, lost=lost) for lost in (0, 1))
+        divided = divide(offered, rules.holdout, least=wanted, most=limit, valid=early)
         if divided.holdout is None and (parent is None or parent.monitor is None or not parent.monitor.tables()):
             raise StreamError(
                 f"no row of '{offered.path}' can be held out to measure on, since every class trains on one at least, and no "
@@ -504,18 +503,6 @@ def _rules_of(request: Request) -> Rules:
 def _goes_live(manifest: Manifest, rules: Rules) -> bool:
     """Whether the gate lets a version go live, or the rules let through what it could not tell."""
     return manifest.answer == "pass" or (manifest.answer == "cannot tell" and rules.gate.unsure == "promote")
-
-
-def rows_to_pass(rules: GateRules, objective: Objective) -> int:
-    """Rows of a test set with which the gate passes where no row has changed: Tango's bound of a drop of 0, z² / (z² + N).
-
-    0 where no number does (``max_drop`` 0) or none is needed (scores that are not right or wrong).
-    """
-    margin = rules.max_drop
-    if objective != "classification" or not 0 < margin < 1:
-        return 0
-    z = NormalDist().inv_cdf(rules.confidence)
-    return math.floor(z * z * (1 - margin) / margin) + 1
 
 
 def holdout_rows(rules: Rules, experiences: int) -> int:

@@ -18,10 +18,11 @@ from continual import Learner
 from continual.errors import CompositionError, ContinualError, SpecError, StateError, StreamError
 from continual.monitor.gate import gate
 from continual.refresh import Rules, Store
+from continual.refresh.bounds import rows_to_pass
 from continual.refresh.folder import Folder, make_folder
 from continual.refresh.intake import divide, read_rows
-from continual.refresh.rules import GateRules
-from continual.refresh.update import Update, holdout_rows, rows_to_pass
+from continual.refresh.rules import GateRules, explained
+from continual.refresh.update import Update, holdout_rows
 from continual.streams.content import row_keys
 
 
@@ -536,13 +537,26 @@ def test_rows_with_the_content_of_a_hold_out_row_are_not_trained_on(tmp_path: Pa
 
 def test_how_many_rows_the_gate_can_pass_with() -> None:
     for margin, confidence in ((0.02, 0.95), (0.05, 0.95), (0.05, 0.99)):
-        least = rows_to_pass(GateRules(max_drop=margin, confidence=confidence), "classification")
-        same = {
-            rows: gate({"a": (np.ones(rows), np.ones(rows))}, margin, 1 - confidence)[0].verdict
-            for rows in (least - 1, least)
-        }
-        assert same == {least - 1: "cannot tell", least: "pass"}
-    assert rows_to_pass(GateRules(max_drop=0.0), "classification") == rows_to_pass(GateRules(), "regression") == 0
+        for lost in (0, 1):
+            least = rows_to_pass(GateRules(max_drop=margin, confidence=confidence), "classification", lost=lost)
+            found = {
+                rows: gate({"a": (np.ones(rows), np.arange(rows) >= lost)}, margin, 1 - confidence)[0].verdict
+                for rows in (least - 1, least)
+            }
+            assert found == {least - 1: "cannot tell", least: "pass"}
+    rules = GateRules(max_drop=0.0)
+    assert rows_to_pass(rules, "classification", lost=0) == rows_to_pass(GateRules(), "regression", lost=1) == 0
+
+
+def test_a_row_that_is_lost_does_not_keep_the_gate_from_telling(tmp_path: Path) -> None:
+    store = small_store(tmp_path, rules={"gate": {"max_drop": 0.05}})
+    store.update(month(tmp_path, 0, rows=270), device="cpu", progress=False)
+    assert store.manifest().data.holdout == 87, "more than the 52 with which nothing may change, and than a fifth"
+    said = explained(Rules())
+    for margin in (0.02, 0.05):
+        wanted = [rows_to_pass(GateRules(max_drop=margin), "classification", lost=lost) for lost in (1, 0)]
+        assert wanted == {0.02: [222, 133], 0.05: [87, 52]}[margin]
+        assert all(f" {rows}" in said for rows in wanted), "rules.yaml says so"
 
 
 def test_small_hold_outs_grow_and_say_what_they_cannot_do(tmp_path: Path) -> None:
