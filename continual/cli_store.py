@@ -196,13 +196,26 @@ def predict_command(
     out: Annotated[Path, typer.Option("--output", "-o", help="JSONL file: each row with label, score and version.")],
     version: Version = None,
     device: Device = "auto",
+    experience: Annotated[
+        str | None, typer.Option("--experience", help="Whose classes compete; the scenario task needs it.")
+    ] = None,
+    out_of_scope: Annotated[
+        float | None,
+        typer.Option(
+            "--out-of-scope",
+            help="Mark rows less 'familiar' than this, on the scale of the head (choose it on known rows); not all heads say it.",
+        ),
+    ] = None,
     trust: Trust = None,
 ) -> None:
     """Write each row with its label and score, by the live version."""
     from continual.refresh import Store
     from continual.refresh.predicting import predict_file
 
-    count, used = predict_file(Store(store, trust=trust or ()), rows, out, version=version, device=device)
+    opened = Store(store, trust=trust or ())
+    count, used = predict_file(
+        opened, rows, out, version=version, device=device, experience=experience, out_of_scope=out_of_scope
+    )
     print(f"{out}: {count} rows by version {used}")
 
 

@@ -337,9 +337,52 @@ class Store:
         number = self._version(version)
         return restored(self.folder, number, self.trust, device=device, progress=False)
 
-    def predict(self, rows: Any, *, version: int | None = None, device: str = "auto") -> dict[str, Any]:
-        """Predictions of a version (the live one), as :meth:`Learner.predict` gives them."""
-        return self.learner(version, device=device).predict(rows)
+    def predict(
+        self,
+        rows: Any,
+        *,
+        version: int | None = None,
+        device: str = "auto",
+        experience: str | None = None,
+        out_of_scope: float | None = None,
+    ) -> dict[str, Any]:
+        """Predictions of a version (the live one), as :meth:`Learner.predict` gives them.
+
+        Args:
+            experience: whose classes compete; the scenario ``task`` needs it, and no other takes it.
+            out_of_scope: rows that are less ``familiar`` than this have True in ``out_of_scope``, bool (N,). The scale is the head's
+                own: choose it on rows that are known.
+
+        Raises:
+            StreamError: no experience where one is needed, or none of that name.
+            CompositionError: the head does not say how familiar a row is.
+        """
+        learner, place = self.learner(version, device=device), None
+        if self.folder.settings.scenario == "task":
+            names = learner.experience_names
+            if experience not in names:
+                said = "is not named" if experience is None else f"'{experience}' is none of them"
+                raise StreamError(
+                    f"the scenario is 'task', where the classes of one experience compete, and it {said}: name it (--experience), "
+                    f"one of {quoted(names[-LISTED:])}."
+                )
+            place = names.index(experience)
+        elif experience is not None:
+            raise StreamError(
+                f"the scenario is '{self.folder.settings.scenario}', where all classes compete: leave the experience "
+                f"'{experience}' out."
+            )
+        found = learner.predict(rows, experience=place)
+        if out_of_scope is not None:
+            if "familiar" not in found:
+                head = next((part.name for part in learner.parts if part.slot == "head"), "a head of its own")
+                raise CompositionError(
+                    f"the model answers by {head}, which does not say how familiar a row is, so that none can be told to be out of "
+                    "scope: leave the threshold out, or keep a store with a head that does (nearest-mean, slda, klda, ridge, "
+                    "vae-classifier)."
+                )
+            found["out_of_scope"] = ~(found["familiar"] >= out_of_scope)
+        return found
 
     def _lacks(self, version: int, live: int | None) -> str:
         """What a version about to go live has not learnt and the live one has, as the end of a sentence."""

@@ -76,6 +76,47 @@ def test_a_store_from_init_to_export(tmp_path: Path) -> None:
     assert done.returncode == 0 and "base_model" not in (tmp_path / "plain" / "README.md").read_text(), done.stderr
 
 
+def predicted(place: Path, *more: str) -> tuple[Done, list[dict[str, object]]]:
+    """What ``predict`` did with the rows of month 1, without their labels."""
+    rows = [json.loads(line) for line in month(place, 1).read_text(encoding="utf-8").splitlines()]
+    (place / "new.jsonl").write_text("\n".join(json.dumps({k: r[k] for k in "abc"}) for r in rows), encoding="utf-8")
+    (place / "scored.jsonl").unlink(missing_ok=True)
+    done = continual("store", "predict", "store", "-i", "new.jsonl", "-o", "scored.jsonl", *more, cwd=place)
+    made = (place / "scored.jsonl").read_text(encoding="utf-8").splitlines() if not done.returncode else []
+    return done, [json.loads(line) for line in made]
+
+
+def test_in_the_scenario_task_the_classes_of_one_experience_compete(tmp_path: Path) -> None:
+    init(tmp_path, "--scenario", "task", rules=LOOSE)
+    for number in range(2):
+        assert update(tmp_path, number).returncode == 0
+    for number in range(2):
+        _, rows = predicted(tmp_path, "--experience", f"month-{number}")
+        assert {row["predicted"] for row in rows} <= {f"class {2 * number}", f"class {2 * number + 1}"} and rows
+    done, _ = predicted(tmp_path)
+    assert done.returncode == 1 and "it is not named: name it (--experience), one of 'month-0', 'month-1'" in done.stderr
+    done, _ = predicted(tmp_path, "--experience", "month-7")
+    assert done.returncode == 1 and "'month-7' is none of them" in done.stderr
+    done, _ = predicted(tmp_path, "--experience", "month-1", "--out-of-scope", "0.5")
+    assert done.returncode == 1 and "answers by head/linear, which does not say how familiar" in done.stderr
+
+
+def test_rows_out_of_scope_are_marked_where_the_head_can_tell(tmp_path: Path) -> None:
+    strategy = {"backbone": "frozen", "head": {"kind": "nearest-mean"}}
+    (tmp_path / "means.yaml").write_text(yaml.safe_dump(strategy), encoding="utf-8")
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(LOOSE), encoding="utf-8")
+    continual("store", "init", "store", "--strategy", "means.yaml", "--rules", "rules.yaml", *FEATURES, cwd=tmp_path)
+    assert update(tmp_path, 0).returncode == 0
+    _, rows = predicted(tmp_path)
+    assert rows and all("familiar" in row and "out_of_scope" not in row for row in rows)
+    median = sorted(float(str(row["familiar"])) for row in rows)[20]
+    _, marked = predicted(tmp_path, "--out-of-scope", str(median))
+    assert [row["out_of_scope"] for row in marked] == [float(str(row["familiar"])) < median for row in rows]
+    assert 15 < sum(bool(row["out_of_scope"]) for row in marked) < 25
+    done, _ = predicted(tmp_path, "--experience", "month-0")
+    assert done.returncode == 1 and "where all classes compete: leave the experience 'month-0' out" in done.stderr
+
+
 def test_the_exit_status_says_what_the_gate_said(tmp_path: Path) -> None:
     init(tmp_path, rules={"gate": {"max_drop": 0.02, "new_floor": 0.01}})
     assert update(tmp_path, 0).returncode == 0
