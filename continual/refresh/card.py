@@ -102,7 +102,9 @@ def render_card(card: Card, told: Mapping[str, Any], code: str, files: Mapping[s
         base=_shown_base(card.base_model),
         on_hub=bool(told["base_model"]) and _on_hub(told["base_model"]),
         retention=_table(heads, rows, left=1) if rows else "",
-        checks=_table(["rule", "of", "measured", "one-sided bounds", "limit", "answer"], checks, left=2) if checks else "",
+        checks=_table(["rule", "of", "measured", "one-sided bounds", "limit", "answer"], checks, left=2)
+        if checks
+        else "",
         data=_table(["rows from", "offered", "trained", "held out", "fingerprint (SHA-256)"], data, left=1)
         if data
         else "",

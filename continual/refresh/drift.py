@@ -17,6 +17,9 @@ What a kind compares, and where it can say nothing:
                           (:mod:`.form`); numbers: every input, of classes on both sides.
 ``unknown-classes``       every new row; something to know, and a finding where the rules stop at it.
 ``near-duplicates``       cosines of features (:mod:`.copies`).
+``disputed-labels``       labels of known classes with what the live version answers, beside its answers to hold-out rows of the
+                          same class (:mod:`.labels`). Not in the scenario ``task``.
+``renamed-labels``        new labels with the known class that the live version takes their rows for. Not in ``task``.
 ``leakage``               every new row against every hold-out row, by content.
 ========================  =====================================================================================================
 
@@ -28,18 +31,24 @@ Letters: N new rows, M rows at hand, D features.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from continual.objective import Objective
 from continual.refresh.comparison import Comparison
 from continual.refresh.records import Drift, Found
 from continual.refresh.rules import DriftRules, Finding
-from continual.refresh.sides import Features, Side
+from continual.refresh.sides import Answers, Features, Side
 from continual.refresh.wording import Pieces
 from continual.streams.experience import Scenario
 from continual.table import Table, concat
 
 _ORDER: tuple[Finding, ...] = (
     "leakage",
+    "disputed-labels",
+    "renamed-labels",
     "near-duplicates",
     "form-shift",
     "covariate-shift",
@@ -63,6 +72,9 @@ def compare(
     scenario: Scenario = "class",
     unknown_token: int | None = None,
     pieces: Pieces | None = None,
+    answers: Answers | None = None,
+    right: Sequence[ArrayLike | None] = (),
+    accepted: Sequence[str] = (),
 ) -> Drift:
     """What is found in the new rows, the most serious first, and what was tested.
 
@@ -80,6 +92,9 @@ def compare(
         scenario: in ``domain`` every update is to have all classes.
         unknown_token: its id, where the tokenizer has one.
         pieces: which token ids go on a word (:func:`~continual.refresh.wording.word_pieces`).
+        answers: of the live version; None leaves out what compares labels with them.
+        right: 1 or 0 for each row of each of ``holdouts`` that the live version answers right or wrong, None where it was not asked.
+        accepted: new labels that are classes of their own, whatever they look like.
 
     Returns:
         Nothing found and nothing tested where there is nothing to compare with.
@@ -87,6 +102,10 @@ def compare(
     Raises:
         StreamError: rows without tokens and inputs, or features that are not finite.
     """
+    told = [
+        np.full(len(table), np.nan) if one is None else np.asarray(one, dtype=np.float64)
+        for table, one in zip_longest(holdouts, right)
+    ]
     holdouts = [table for table in holdouts if len(table)]
     holdout = concat(holdouts) if holdouts else None
     tables = {"hold-out": holdout, "memory and hold-out": reference}
@@ -108,6 +127,8 @@ def compare(
         comparison.features()
     if objective == "classification":
         comparison.classes(known, [len(table) for table in holdouts], every_class=scenario == "domain")
+        if answers is not None and holdout is not None and scenario != "task" and known > 1:
+            comparison.labels(answers, np.concatenate(told), known, accepted)
     elif objective == "regression":
         comparison.targets()
     found = [one for kind in _ORDER if (one := comparison.found.get(kind)) is not None]

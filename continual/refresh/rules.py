@@ -16,7 +16,16 @@ from continual.spec import Spec, parse, read_yaml
 Happened = Literal["promoted", "failed", "cannot tell", "stopped"]
 """What became of an update."""
 
-Finding = Literal["label-shift", "covariate-shift", "form-shift", "unknown-classes", "near-duplicates", "leakage"]
+Finding = Literal[
+    "label-shift",
+    "covariate-shift",
+    "form-shift",
+    "unknown-classes",
+    "near-duplicates",
+    "leakage",
+    "disputed-labels",
+    "renamed-labels",
+]
 """What the comparison of new rows with those at hand may find."""
 
 _PHRASE = re.compile(r"max drop (\d*\.?\d+%?)(?: at (\d*\.?\d+)%)?")
@@ -96,7 +105,10 @@ class DriftRules(Spec):
         rows: of each side that are looked at, at most.
         level: chance of a false alarm in each kind of finding.
         similar: cosine of two rows' features from which on they count as near-duplicates.
-        effect: least size of a shift that is reported: how far the two sides can be told apart, from 0 (not at all) to 1.
+        effect: least size of a shift that is reported: how far the two sides can be told apart, from 0 (not at all) to 1; of a
+            label, the share of its new rows that the live version answers with another one, less that of its hold-out rows.
+        renamed: share of a new label's rows from which on it is reported as a known class by another name: of those that the live
+            version answers with one and the same class, as surely as that class's own hold-out rows.
         stop: findings that stop an update before any training.
     """
 
@@ -104,6 +116,7 @@ class DriftRules(Spec):
     level: float = Field(0.01, gt=0, lt=0.5)
     similar: float = Field(0.98, gt=0, le=1)
     effect: float = Field(0.1, ge=0, lt=1)
+    renamed: float = Field(0.8, gt=0.5, le=1)
     stop: list[Finding] = Field(default_factory=list)
 
 

@@ -37,7 +37,6 @@ from continual.state import write_text
 from continual.strategy import Strategy
 from continual.streams.experience import Scenario
 
-
 TEXT_MODEL = "a model of text, such as sentence-transformers/all-MiniLM-L6-v2"
 LISTED = 10
 """Names that a sentence lists."""
@@ -446,7 +445,9 @@ def _check_rows(spec: ModelSpec, strategy: Strategy, columns: Columns, objective
     """Raise where the model cannot read such rows, or not with this strategy, which the first update would find out."""
     text = next((one for one in (columns.text, columns.prompt, columns.messages) if one is not None), None)
     if isinstance(spec, PretrainedSpec) and columns.features:
-        raise SpecError("a transformer reads text and the columns name 'features': name a column of text, or take 'mlp'.")
+        raise SpecError(
+            "a transformer reads text and the columns name 'features': name a column of text, or take 'mlp'."
+        )
     if not isinstance(spec, MLPSpec):
         return
     tokens = [part.name for part in strategy.prototypes if part.needs_tokens]

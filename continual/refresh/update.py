@@ -22,7 +22,6 @@ from pydantic import Field
 from continual.errors import ContinualError, ModelError, StateError, StreamError, shown
 from continual.learner import Learner
 from continual.models.build import base_on_disk
-from continual.monitor.evaluation import evaluating
 from continual.objective import PRIMARY
 from continual.parts.replay.store import KeepsRows
 from continual.provenance import commit, now, versions
@@ -32,6 +31,7 @@ from continual.refresh.drift import compare, stopped_by
 from continual.refresh.folder import Folder, no_link
 from continual.refresh.intake import Divided, Offered, check_form, check_labels, divide, read_rows, without
 from continual.refresh.judge import judge
+from continual.refresh.live import Live
 from continual.refresh.measuring import measured_in, seconds_in_turns
 from continual.refresh.objects import write_bytes
 from continual.refresh.pieces import split
@@ -57,7 +57,7 @@ from continual.strategy import Strategy
 from continual.streams.check import require_experience
 from continual.streams.convert import as_experience
 from continual.streams.experience import Experience
-from continual.table import Table, TensorTable, concat, to_device
+from continual.table import Table, TensorTable, concat
 
 COLUMNS = ("input_ids", "attention_mask", "inputs", "labels", "row")
 
@@ -278,20 +278,13 @@ class Update:
         if parent is None or parent.monitor is None:
             return Drift(new=len(experience.train))
 
-        def features(table: Table) -> torch.Tensor:
-            found = []
-            with parent.randomness.framework(), evaluating(parent.model):
-                for start in range(0, len(table), parent.evaluation_rows):
-                    batch = table[torch.arange(start, min(start + parent.evaluation_rows, len(table)))]
-                    found.append(parent.model.backbone(to_device(batch, parent.device)).float().cpu())
-            return torch.cat(found)
-
+        live = Live(parent)
         tokenizer: Any = parent.model.tokenizer
         return compare(
             parent._encoded(experience.train),
             _memory(parent),
             holdouts=list(parent.monitor.tables().values()),
-            features=features if parent.model.gives_features else None,
+            features=live.features if parent.model.gives_features else None,
             class_names=experience.class_names,
             known=len(parent.class_names),
             rules=rules.drift,
@@ -300,6 +293,9 @@ class Update:
             scenario=self.settings.scenario,
             unknown_token=None if tokenizer is None else tokenizer.unk_token_id,
             pieces=None if tokenizer is None else word_pieces(tokenizer),
+            answers=live.answers,
+            right=live.right(),
+            accepted=self.options.new_labels,
         )
 
     def _ask(self, offered: Offered, name: str, rules: Rules, drift: Drift, seconds: float) -> Request:

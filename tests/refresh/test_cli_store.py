@@ -94,7 +94,9 @@ def test_in_the_scenario_task_the_classes_of_one_experience_compete(tmp_path: Pa
         _, rows = predicted(tmp_path, "--experience", f"month-{number}")
         assert {row["predicted"] for row in rows} <= {f"class {2 * number}", f"class {2 * number + 1}"} and rows
     done, _ = predicted(tmp_path)
-    assert done.returncode == 1 and "it is not named: name it (--experience), one of 'month-0', 'month-1'" in done.stderr
+    assert (
+        done.returncode == 1 and "it is not named: name it (--experience), one of 'month-0', 'month-1'" in done.stderr
+    )
     done, _ = predicted(tmp_path, "--experience", "month-7")
     assert done.returncode == 1 and "'month-7' is none of them" in done.stderr
     done, _ = predicted(tmp_path, "--experience", "month-1", "--out-of-scope", "0.5")
@@ -170,4 +172,4 @@ def test_the_rules_that_init_writes_are_explained_and_read_back() -> None:
         text = explained(given)
         assert Rules.model_validate(yaml.safe_load(text)) == given
         keys = [line for line in text.splitlines() if ":" in line and not line.strip().startswith("#")]
-        assert len(keys) == 31 and text.count("# ") >= 30 and "``" not in text
+        assert len(keys) == 32 and text.count("# ") >= 30 and "``" not in text

@@ -559,6 +559,38 @@ def test_a_row_that_is_lost_does_not_keep_the_gate_from_telling(tmp_path: Path) 
         assert all(f" {rows}" in said for rows in wanted), "rules.yaml says so"
 
 
+def renamed(path: Path, **names: str) -> Path:
+    """The rows of a month with other labels, in the place of the file."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    given = {key.replace("_", " "): value for key, value in names.items()}
+    path.write_text("\n".join(json.dumps({**row, "label": given[row["label"]]}) for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "strategy", [STRATEGY, {"name": "means", "backbone": "frozen", "head": {"kind": "nearest-mean"}}]
+)
+def test_labels_that_the_live_version_disputes_are_named(strategy: dict[str, Any], tmp_path: Path) -> None:
+    store = small_store(tmp_path, strategy=strategy)
+    first = ("class 0", "class 1")
+    store.update(month(tmp_path, 0, rows=200), device="cpu", progress=False)
+    same = store.update(month(tmp_path, 1, rows=100, classes=first), device="cpu", progress=False)
+    assert {"disputed-labels"} <= {*store.report().drift.tested} and same.found == ()
+    (store.path / "rules.yaml").write_text(
+        json.dumps({**LOOSE, "drift": {"stop": ["disputed-labels", "renamed-labels"]}}), encoding="utf-8"
+    )
+    swapped = renamed(month(tmp_path, 2, rows=100, classes=first), class_0="class 1", class_1="class 0")
+    outcome = store.update(swapped, device="cpu", progress=False)
+    assert outcome.happened == "stopped" and store.versions() == [1, 2]
+    assert "rows labelled 'class 0' look like 'class 1' (" in outcome.sentence
+    assert outcome.found[0].names == ("class 0", "class 1") and outcome.found[0].effect > 0.9
+    other = renamed(month(tmp_path, 3, rows=100, classes=first), class_0="zero", class_1="class 1")
+    outcome = store.update(other, device="cpu", progress=False)
+    assert outcome.happened == "stopped" and "the new label 'zero' looks like the known 'class 0' (" in outcome.sentence
+    outcome = store.update(other, device="cpu", progress=False, new_labels=["zero"])
+    assert outcome.happened == "promoted" and "renamed-labels" not in {one.kind for one in outcome.found}
+
+
 def test_small_hold_outs_grow_and_say_what_they_cannot_do(tmp_path: Path) -> None:
     store = small_store(tmp_path, rules={"gate": {"max_drop": 0.05}, "holdout": {"share": 0.1}})
     outcome = store.update(month(tmp_path, 0), device="cpu", progress=False)
