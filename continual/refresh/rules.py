@@ -85,8 +85,8 @@ class HoldoutRules(Spec):
     """Which of the new rows are never trained on and become the experience's test set, chosen by a hash of the row id.
 
     Attributes:
-        share: of the new rows; more, up to a third of them, where a drop within gate.max_drop could not be shown with so few
-            although one row was lost (max_drop 0.02 at 0.95 takes 222 rows then, and 133 where none is lost; 0.05 takes 87 and 52).
+        share: of the new rows; more, up to a third of them, so that the gate can still pass where one row was lost (max_drop 0.02
+            at 0.95 takes 222 rows for that, and 133 where none is lost; 0.05 takes 87 and 52).
         rows: of one experience, at most.
         total: of all experiences, at most; the sets of all experiences shrink alike, to rows of smallest hash.
         valid: share of the rows that a strategy with early stopping selects on.
