@@ -63,12 +63,18 @@ def init_command(
     from continual.errors import SpecError
     from continual.refresh import Store
     from continual.refresh.rules import gate_phrase
+    from continual.refresh.store import TEXT_MODEL
     from continual.spec import overrides_of
 
     if gate is not None and rules is not None:
         raise SpecError("both --gate and --rules are given: write the gate into the rule file, or leave --rules out.")
     given: Any = rules if gate is None else {"gate": gate_phrase(gate)}
     columns = {"text": text, "label": label, "features": features or None, "id": id_column}
+    if model == "mlp" and not features and text is None:
+        raise SpecError(
+            "an mlp (what --model is where nothing is named) reads numbers, and no --feature names a column of them: name each, or "
+            f"{TEXT_MODEL}, with --model."
+        )
     made = Store.create(
         store,
         model=model,
@@ -198,13 +204,26 @@ def predict_command(
     out: Annotated[Path, typer.Option("--output", "-o", help="JSONL file: each row with label, score and version.")],
     version: Version = None,
     device: Device = "auto",
+    experience: Annotated[
+        str | None, typer.Option("--experience", help="Whose classes compete; the scenario task needs it.")
+    ] = None,
+    out_of_scope: Annotated[
+        float | None,
+        typer.Option(
+            "--out-of-scope",
+            help="Mark rows less 'familiar' than this, on the scale of the head (choose it on known rows); not all heads say it.",
+        ),
+    ] = None,
     trust: Trust = None,
 ) -> None:
     """Write each row with its label and score, by the live version."""
     from continual.refresh import Store
     from continual.refresh.predicting import predict_file
 
-    count, used = predict_file(Store(store, trust=trust or ()), rows, out, version=version, device=device)
+    opened = Store(store, trust=trust or ())
+    count, used = predict_file(
+        opened, rows, out, version=version, device=device, experience=experience, out_of_scope=out_of_scope
+    )
     print(f"{out}: {count} rows by version {used}")
 
 
@@ -240,8 +259,8 @@ def erase_command(
     ],
     trust: Trust = None,
 ) -> None:
-    """Erase rows from every version, and say whose weights were trained on them and how to train anew without them."""
-    from continual.errors import StreamError
+    """Erase rows from every version, and say whose weights were trained on them and how to train anew; exit 1: none is known."""
+    from continual.errors import StreamError, quoted
     from continual.refresh import Store
 
     opened = Store(store, trust=trust or ())
@@ -256,12 +275,20 @@ def erase_command(
     else:
         found = opened.erase_rows(rows)
     print(found.sentence)
+    if found.unknown:
+        more = f" and {len(found.unknown) - 5} more" if len(found.unknown) > 5 else ""
+        print(
+            f"note: no version of this store was ever given {quoted(found.unknown[:5])}{more} "
+            f"({len(found.unknown)} of the {found.asked} named); later updates leave such rows out"
+        )
     for place, count in sorted(found.places.items()):
         print(f"  {place}: {count}")
     if found.commands:
         print("to train anew without them:")
         for command in found.commands:
             print(f"  {command}")
+    if len(found.unknown) == found.asked:
+        raise typer.Exit(1)
 
 
 @store_app.command("export")

@@ -133,6 +133,7 @@ class Part:
             settle after the first experience.
         needs_lasting_parameters: it remembers something of each parameter that holds for that parameter only.
         needs_stacking: it reads the adapters of earlier experiences, which an adapter part must keep in the model.
+        needs_tokens: it puts something before the tokens of a row, so the model must be a transformer.
         needs_stored_rows: it reads the rows that a replay part keeps (:class:`~continual.parts.replay.store.KeepsRows`).
         needs_criterion: the loss of a classification that it belongs to; None for any.
         excludes: ``slot`` or ``slot/kind`` that it cannot be combined with → why, and what to use instead.
@@ -145,6 +146,7 @@ class Part:
     needs_steady_features: ClassVar[bool] = False
     needs_lasting_parameters: ClassVar[bool] = False
     needs_stacking: ClassVar[bool] = False
+    needs_tokens: ClassVar[bool] = False
     needs_stored_rows: ClassVar[bool] = False
     needs_criterion: ClassVar[Criterion | None] = None
     excludes: ClassVar[dict[str, str]] = {}

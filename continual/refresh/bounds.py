@@ -12,6 +12,7 @@ Letters: N rows of a test set.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,9 +21,11 @@ from numpy.typing import ArrayLike
 from scipy.special import betaincinv, ndtri, stdtr, stdtrit
 from scipy.stats import binomtest
 
-from continual.monitor.gate import POWER, Answer, holm, is_binary
+from continual.kinds import Objective
+from continual.monitor.gate import POWER, Answer, holm, is_binary, tango_interval
 from continual.monitor.metrics import Floats, defined
 from continual.refresh.records import Check
+from continual.refresh.rules import GateRules
 
 
 def hold_to(
@@ -50,6 +53,23 @@ def hold_to(
         else Check(rule=rule, name=name, answer="cannot tell", value=None, limit=limit)
         for name in scores
     ]
+
+
+def rows_to_pass(rules: GateRules, objective: Objective, *, lost: int) -> int:
+    """Rows of a test set with which the gate still passes where so many were right, are wrong now, and nothing else has changed.
+
+    0 where no number does (``max_drop`` 0) or none is needed (scores that are not right or wrong).
+    """
+    if objective != "classification" or not 0 < rules.max_drop < 1:
+        return 0
+
+    def passes(rows: int) -> bool:
+        return tango_interval(lost, 0, rows, 1 - rules.confidence)[1] < rules.max_drop
+
+    most = lost + 1
+    while not passes(most):
+        most *= 2
+    return bisect_left(range(most + 1), True, lo=lost + 1, key=passes)
 
 
 def mean_interval(score_N: ArrayLike, level: float) -> tuple[float | None, float | None]:

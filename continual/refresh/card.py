@@ -73,7 +73,7 @@ def render_card(card: Card, told: Mapping[str, Any], code: str, files: Mapping[s
         for one in card.measured
     ]
     unit = " %" if percent else ""
-    heads = ["experience", "rows", f"{card.score}{unit}", "95 % interval", "when learnt", "change"]
+    heads = ["experience", "rows", f"{card.score}{unit}", "two-sided 95 % interval", "when learnt", "change"]
     checks = [] if card.judgement is None else [_check(one) for one in card.judgement.checks]
     data = [
         [
@@ -100,8 +100,11 @@ def render_card(card: Card, told: Mapping[str, Any], code: str, files: Mapping[s
         front=yaml.safe_dump(_front(card, told), sort_keys=False, allow_unicode=True),
         kind=_kind(told, names),
         base=_shown_base(card.base_model),
+        on_hub=bool(told["base_model"]) and _on_hub(told["base_model"]),
         retention=_table(heads, rows, left=1) if rows else "",
-        checks=_table(["rule", "of", "measured", "interval", "limit", "answer"], checks, left=2) if checks else "",
+        checks=_table(["rule", "of", "measured", "one-sided bounds", "limit", "answer"], checks, left=2)
+        if checks
+        else "",
         data=_table(["rows from", "offered", "trained", "held out", "fingerprint (SHA-256)"], data, left=1)
         if data
         else "",

@@ -16,11 +16,12 @@ from continual.randomness import derive_seed
 from continual.refresh import sentences
 from continual.refresh.copies import contents, near_duplicates
 from continual.refresh.form import TOPICS, changes, number_columns, telling
+from continual.refresh.labels import disputes, likenesses
 from continual.refresh.records import Found
 from continual.refresh.rules import DriftRules, Finding
 from continual.refresh.sentences import Bar
-from continual.refresh.shifts import Ints, balanced, feature_shift, label_shift
-from continual.refresh.sides import Side
+from continual.refresh.shifts import Floats, Ints, balanced, feature_shift, label_shift
+from continual.refresh.sides import Answers, Side
 from continual.refresh.wording import Pieces, read_tokens, text_columns
 from continual.table import Table
 
@@ -126,6 +127,36 @@ class Comparison:
             if listed:
                 self.found["unknown-classes"] = sentences.unknown_classes(
                     int(counts.sum()), len(self.new.table), listed
+                )
+
+    def labels(self, answers: Answers, right_M: Floats, known: int, accepted: Sequence[str]) -> None:
+        """Against what the live version answers; ``right_M``: 1 for hold-out rows that it answers right, 0, or NaN where not known."""
+        new_N, old_M = self.new.class_N, self.old.class_N
+        assert new_N is not None and old_M is not None and len(old_M) == len(right_M)
+        places = self.new.first(self.rules.rows)
+        label, logits = new_N[places], self.new.logits(places, answers, known)
+        of_known, told_M = label < known, np.isfinite(right_M) & (old_M >= 0)
+        answer = logits.argmax(1)
+        found = disputes(label[of_known], answer[of_known], old_M[told_M], right_M[told_M] == 1)
+        if found is not None:
+            named = [one for one in found.classes if self.bar.cleared(one.effect, one.p_value)]
+            together = not named and self.bar.cleared(found.effect, found.p_value)
+            self.found["disputed-labels"] = None
+            if named or together:
+                self.found["disputed-labels"] = sentences.disputed_labels(found, named, self.names, self.bar)
+        fresh = ~of_known & ~np.isin(label, [place for place, name in enumerate(self.names) if name in accepted])
+        if fresh.any():
+            own = {}
+            for one in np.unique(answer[fresh]).tolist():
+                held = self.old.first(self.rules.rows, old_M == one)
+                own[one] = self.old.logits(held, answers, known)[:, one]
+            likely = likenesses(label[fresh], logits[fresh], own)
+            alike = [
+                one for one in likely if one.p_value < self.rules.level and one.times >= self.rules.renamed * one.rows
+            ]
+            if likely:
+                self.found["renamed-labels"] = (
+                    sentences.renamed_labels(alike, self.names, self.rules) if alike else None
                 )
 
     def targets(self) -> None:

@@ -15,8 +15,11 @@ What a kind compares, and where it can say nothing:
                           test of features alone tells that from a change of the source. Not for language models.
 ``form-shift``            texts: length, unknown tokens, word pieces, word order, of all rows, measured against what topics do
                           (:mod:`.form`); numbers: every input, of classes on both sides.
-``unknown-classes``       every new row.
+``unknown-classes``       every new row; something to know, and a finding where the rules stop at it.
 ``near-duplicates``       cosines of features (:mod:`.copies`).
+``disputed-labels``       labels of known classes with what the live version answers, beside its answers to hold-out rows of the
+                          same class (:mod:`.labels`). Not in the scenario ``task``.
+``renamed-labels``        new labels with the known class that the live version takes their rows for. Not in ``task``.
 ``leakage``               every new row against every hold-out row, by content.
 ========================  =====================================================================================================
 
@@ -28,17 +31,23 @@ Letters: N new rows, M rows at hand, D features.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from continual.kinds import Objective, Scenario
 from continual.refresh.comparison import Comparison
 from continual.refresh.records import Drift, Found
 from continual.refresh.rules import DriftRules, Finding
-from continual.refresh.sides import Features, Side
+from continual.refresh.sides import Answers, Features, Side
 from continual.refresh.wording import Pieces
 from continual.table import Table, concat
 
 _ORDER: tuple[Finding, ...] = (
     "leakage",
+    "disputed-labels",
+    "renamed-labels",
     "near-duplicates",
     "form-shift",
     "covariate-shift",
@@ -62,6 +71,9 @@ def compare(
     scenario: Scenario = "class",
     unknown_token: int | None = None,
     pieces: Pieces | None = None,
+    answers: Answers | None = None,
+    right: Sequence[ArrayLike | None] = (),
+    accepted: Sequence[str] = (),
 ) -> Drift:
     """What is found in the new rows, the most serious first, and what was tested.
 
@@ -79,6 +91,9 @@ def compare(
         scenario: in ``domain`` every update is to have all classes.
         unknown_token: its id, where the tokenizer has one.
         pieces: which token ids go on a word (:func:`~continual.refresh.wording.word_pieces`).
+        answers: of the live version; None leaves out what compares labels with them.
+        right: 1 or 0 for each row of each of ``holdouts`` that the live version answers right or wrong, None where it was not asked.
+        accepted: new labels that are classes of their own, whatever they look like.
 
     Returns:
         Nothing found and nothing tested where there is nothing to compare with.
@@ -86,6 +101,10 @@ def compare(
     Raises:
         StreamError: rows without tokens and inputs, or features that are not finite.
     """
+    told = [
+        np.full(len(table), np.nan) if one is None else np.asarray(one, dtype=np.float64)
+        for table, one in zip_longest(holdouts, right)
+    ]
     holdouts = [table for table in holdouts if len(table)]
     holdout = concat(holdouts) if holdouts else None
     tables = {"hold-out": holdout, "memory and hold-out": reference}
@@ -107,12 +126,17 @@ def compare(
         comparison.features()
     if objective == "classification":
         comparison.classes(known, [len(table) for table in holdouts], every_class=scenario == "domain")
+        if answers is not None and holdout is not None and scenario != "task" and known > 1:
+            comparison.labels(answers, np.concatenate(told), known, accepted)
     elif objective == "regression":
         comparison.targets()
+    found = [one for kind in _ORDER if (one := comparison.found.get(kind)) is not None]
+    meant = {"unknown-classes"} - {*rules.stop}
     return Drift(
         new=fresh.looked_at,
         reference=sum(side.looked_at for side in at_hand),
-        found=tuple(found for kind in _ORDER if (found := comparison.found.get(kind)) is not None),
+        found=tuple(one for one in found if one.kind not in meant),
+        known=tuple(one for one in found if one.kind in meant),
         tested=tuple(kind for kind in _ORDER if kind in comparison.found),
     )
 

@@ -32,7 +32,9 @@ class Erasure:
     """What an erasure did.
 
     Attributes:
-        asked: rows that were named; ``known`` of them were in the store.
+        asked: rows that were named, each once; ``known`` of them were in the store.
+        unknown: how those are called that no version was ever given, as far as the store can say: rows that were erased, or asked
+            for, before are not among them.
         places: how many rows each place gave up, over all versions.
         written: versions whose files were written anew, since they held such rows.
         trained: versions whose weights were trained on such rows.
@@ -42,6 +44,7 @@ class Erasure:
 
     asked: int
     known: int
+    unknown: tuple[str, ...]
     places: dict[str, int]
     written: tuple[int, ...]
     trained: tuple[int, ...]
@@ -49,8 +52,8 @@ class Erasure:
     sentence: str
 
 
-def erase(folder: Folder, rows: Tensor, trust: Sequence[str]) -> Erasure:
-    """Erase rows by their ids, int64 (N,); call it as the only writer.
+def erase(folder: Folder, rows: Tensor, names: Sequence[str], trust: Sequence[str]) -> Erasure:
+    """Erase rows by their ids, int64 (N,), each once, that people call by these N names; call it as the only writer.
 
     Raises:
         StateError: an update is under way, the store is damaged, or the disk is full; the store is as it was, or the erasure was
@@ -65,13 +68,13 @@ def erase(folder: Folder, rows: Tensor, trust: Sequence[str]) -> Erasure:
     if wrong:
         raise StateError(f"nothing was erased, since '{folder.path}' is damaged: {wrong[0]}")
     try:
-        return _erase(folder, rows, trust)
+        return _erase(folder, rows, names, trust)
     except Exception:
         folder.tidy()
         raise
 
 
-def _erase(folder: Folder, rows: Tensor, trust: Sequence[str]) -> Erasure:
+def _erase(folder: Folder, rows: Tensor, names: Sequence[str], trust: Sequence[str]) -> Erasure:
     places: dict[str, int] = {}
     manifests: dict[int, str] = {}
     written, trained, known = [], [], torch.empty(0, dtype=torch.int64)
@@ -103,6 +106,8 @@ def _erase(folder: Folder, rows: Tensor, trust: Sequence[str]) -> Erasure:
     forget_rows(folder.path)
     before = folder.erased()
     gone = sorted({*before, *rows.tolist()})
+    strange_N = ~torch.isin(rows, torch.cat([known, torch.tensor(before, dtype=torch.int64)]))
+    unknown = tuple(names[place] for place in strange_N.nonzero().flatten().tolist())
     more = (
         f"; the weights of {_listed(trained)} were trained on them, which stays, as does what parts computed from several rows "
         "(sums, curvatures, directions of gradients)"
@@ -114,7 +119,7 @@ def _erase(folder: Folder, rows: Tensor, trust: Sequence[str]) -> Erasure:
         folder.put_erased(manifests, gone, len(known), sentence)
     folder.sweep()
     commands = _commands(folder, trained)
-    return Erasure(len(rows), len(known), places, tuple(written), tuple(trained), commands, f"{sentence}.")
+    return Erasure(len(rows), len(known), unknown, places, tuple(written), tuple(trained), commands, f"{sentence}.")
 
 
 def _touched(folder: Folder, version: int, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -275,6 +275,12 @@ class Folder:
             version = parent
         return found[::-1]
 
+    def lacking(self, version: int, other: int | None) -> list[str]:
+        """Names of what ``other`` and the versions before it learnt and ``version`` and those before it did not, by its rows."""
+        rows = {entry.version: entry.fingerprint for entry in self.journal.read() if entry.event == "made"}
+        have = {rows.get(one) for one in self.line(version)}
+        return [self.manifest(one).experience for one in self.line(other) if rows.get(one) not in have]
+
     def place(self, version: int) -> Path:
         """The folder of a version.
 

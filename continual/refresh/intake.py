@@ -189,7 +189,7 @@ def divide(offered: Offered, rules: HoldoutRules, *, least: int, most: int, vali
     row are not trained on.
 
     Args:
-        least: hold-out rows that are wanted at least, where that takes no more than a third of the rows.
+        least: hold-out rows that are wanted at least, as far as a third of the rows goes.
         most: hold-out rows, at most.
     """
     rows_N, count = offered.ids, len(offered.ids)

@@ -18,19 +18,20 @@ from continual.streams.sources.files import FilesSource, read_file
 from continual.streams.sources.rows import check_features
 from continual.streams.sources.tabular import decodable
 
-KEYS = ("predicted", "score", "familiar", "version")
+KEYS = ("predicted", "score", "familiar", "out_of_scope", "version")
 
 
 def predict_file(
-    store: Store, rows: Path, out: Path, *, version: int | None = None, device: str = "auto"
+    store: Store, rows: Path, out: Path, *, version: int | None = None, device: str = "auto", **options: Any
 ) -> tuple[int, int]:
     """Write the rows of a JSONL, CSV or Parquet file as JSONL, each with what a version says of it.
 
     Added keys: ``predicted`` (the class's name, or the value), ``score`` (its probability), ``familiar`` where the head says
-    how much a row is like what was learnt, and ``version``.
+    how much a row is like what was learnt, ``out_of_scope`` where a threshold is given for that, and ``version``.
 
     Args:
         version: None takes the live one.
+        options: ``experience`` and ``out_of_scope``, as for :meth:`Store.predict`.
 
     Returns:
         How many rows, and by which version.
@@ -52,7 +53,7 @@ def predict_file(
         taken = sorted(set(KEYS) & set(dataset.column_names))
         if taken:
             raise StreamError(f"'{rows}' has a column '{taken[0]}', which the output adds: rename it.")
-        found = store.predict(table, version=used, device=device)
+        found = store.predict(table, version=used, device=device, **options)
         lines = [
             json.dumps({**row, **added}, ensure_ascii=False, default=str)
             for row, added in zip(dataset, _added(found, used), strict=True)
@@ -87,5 +88,8 @@ def _added(found: dict[str, Any], version: int) -> list[dict[str, Any]]:
     if "familiar" in found:
         for place, value in enumerate(found["familiar"].tolist()):
             rows[place]["familiar"] = round(value, 6)
+    if "out_of_scope" in found:
+        for row, beyond in zip(rows, found["out_of_scope"].tolist(), strict=True):
+            row["out_of_scope"] = beyond
     assert len(rows) == count
     return rows

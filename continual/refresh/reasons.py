@@ -23,7 +23,7 @@ def judgement_sentence(checks: Sequence[Check], new: str, earlier: int, percent:
         new: name of the experience that the update learnt.
         earlier: how many experiences and probes were measured before the update.
         percent: whether scores are shares, shown in per cent.
-        confidence: of the answers.
+        confidence: of the answers, each of a one-sided test, and of each bound beside them.
     """
     nothing = f"nothing was learnt before '{new}'"
     if not checks:
@@ -138,9 +138,8 @@ def _interval(check: Check, percent: bool, confidence: float) -> str:
         return ""
     share = check.rule == "negative_flips"
     low, high = (_plain(f"{100 * end:.1f}" if percent or share else f"{end:.3f}") for end in (check.low, check.high))
-    if check.rule in DROPS:
-        return f" ({_share(2 * confidence - 1)} interval of the drop: {low} to {high})"
-    return f" ({_share(2 * confidence - 1)} interval: {low} to {high})"
+    of = " of the drop" if check.rule in DROPS else ""
+    return f" (one-sided {_share(confidence)} bounds{of}: {low} and {high})"
 
 
 def _score(value: float, percent: bool) -> str:
@@ -163,7 +162,7 @@ def _plain(number: str) -> str:
 
 
 def in_numbers(check: Check, percent: bool) -> str:
-    """Value, interval and limit of a check, such as ``6.4 (4.1 to 8.9) points, limit 2``; a dash where it has no value."""
+    """Value, bounds and limit of a check, such as ``6.4 (4.1 to 8.9) points, limit 2``; a dash where it has no value."""
     value, low, high, limit = check.value, check.low, check.high, check.limit
     if value is None:
         return "–"

@@ -35,7 +35,8 @@ class Check(Record):
     Attributes:
         rule: the key of :class:`~continual.refresh.rules.GateRules`.
         name: of the experience or probe; empty where the rule is about the whole.
-        value: what was measured (a drop, a score, a share, a ratio, bytes), with its interval where it has one.
+        value: what was measured (a drop, a score, a share, a ratio, bytes).
+        low, high: one-sided bounds of it, each at the confidence of the rules; None where it has none.
         limit: what the rule allows.
         p_value: of "it is broken", corrected for the number of experiences; None where nothing was tested.
         rows_needed: where the answer is ``cannot tell``, how many rows would tell; None where none would.
@@ -89,6 +90,7 @@ class Drift(Record):
     Attributes:
         new, reference: rows that were looked at on each side.
         found: what was found, the most serious first; empty where nothing was.
+        known: what should be known and is nothing wrong, such as new classes where classes come month by month.
         tested: every kind that could be tested here, found or not.
         accepted: kinds found that the rules would have stopped the update for, had a person not accepted them.
     """
@@ -96,6 +98,7 @@ class Drift(Record):
     new: Count = 0
     reference: Count = 0
     found: tuple[Found, ...] = ()
+    known: tuple[Found, ...] = ()
     tested: tuple[Finding, ...] = ()
     accepted: tuple[Finding, ...] = ()
 
@@ -106,7 +109,7 @@ class Measured(Record):
     Attributes:
         learnt: mean score in the version that learnt it, on the same rows.
         before: in the version that was live when this one was made; None where it did not know the experience.
-        low, high: 95 % interval of ``score``.
+        low, high: two-sided 95 % interval of ``score``.
     """
 
     name: str

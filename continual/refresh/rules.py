@@ -16,7 +16,16 @@ from continual.spec import Spec, parse, read_yaml
 Happened = Literal["promoted", "failed", "cannot tell", "stopped"]
 """What became of an update."""
 
-Finding = Literal["label-shift", "covariate-shift", "form-shift", "unknown-classes", "near-duplicates", "leakage"]
+Finding = Literal[
+    "label-shift",
+    "covariate-shift",
+    "form-shift",
+    "unknown-classes",
+    "near-duplicates",
+    "leakage",
+    "disputed-labels",
+    "renamed-labels",
+]
 """What the comparison of new rows with those at hand may find."""
 
 _PHRASE = re.compile(r"max drop (\d*\.?\d+%?)(?: at (\d*\.?\d+)%)?")
@@ -32,7 +41,7 @@ class GateRules(Spec):
         max_drop: largest drop of an earlier experience's mean score against the version that is live, in the unit of the
             score (.02 is two points of accuracy); tested row by row, each experience by itself.
         max_drop_since_learnt: the same against the version that learnt the experience; null asks for nothing.
-        confidence: of every answer, in (.5, 1).
+        confidence: of every answer, in (.5, 1); each comes of a one-sided test, and the bounds beside it are one-sided too.
         floor: least mean score of every experience, the new one among them.
         new_floor: least mean score of the new experience.
         negative_flips: largest share of the rows of earlier experiences that were right in the live version and are wrong now.
@@ -76,7 +85,8 @@ class HoldoutRules(Spec):
     """Which of the new rows are never trained on and become the experience's test set, chosen by a hash of the row id.
 
     Attributes:
-        share: of the new rows; more, up to a third, where the gate could not pass with so few.
+        share: of the new rows; more, up to a third of them, so that the gate can still pass where one row was lost (max_drop 0.02
+            at 0.95 takes 222 rows for that, and 133 where none is lost; 0.05 takes 87 and 52).
         rows: of one experience, at most.
         total: of all experiences, at most; the sets of all experiences shrink alike, to rows of smallest hash.
         valid: share of the rows that a strategy with early stopping selects on.
@@ -95,7 +105,10 @@ class DriftRules(Spec):
         rows: of each side that are looked at, at most.
         level: chance of a false alarm in each kind of finding.
         similar: cosine of two rows' features from which on they count as near-duplicates.
-        effect: least size of a shift that is reported: how far the two sides can be told apart, from 0 (not at all) to 1.
+        effect: least size of a shift that is reported: how far the two sides can be told apart, from 0 (not at all) to 1; of a
+            label, the share of its new rows that the live version answers with another one, less that of its hold-out rows.
+        renamed: share of a new label's rows from which on it is reported as a known class by another name: of those that the live
+            version answers with one and the same class, as surely as that class's own hold-out rows.
         stop: findings that stop an update before any training.
     """
 
@@ -103,6 +116,7 @@ class DriftRules(Spec):
     level: float = Field(0.01, gt=0, lt=0.5)
     similar: float = Field(0.98, gt=0, le=1)
     effect: float = Field(0.1, ge=0, lt=1)
+    renamed: float = Field(0.8, gt=0.5, le=1)
     stop: list[Finding] = Field(default_factory=list)
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from continual.refresh.copies import Near
 from continual.refresh.form import Change
+from continual.refresh.labels import Dispute, Disputes, Likeness
 from continual.refresh.records import Found
-from continual.refresh.rules import Finding
+from continual.refresh.rules import DriftRules, Finding
 from continual.refresh.shifts import Shift
 
 NAMES = 20
@@ -78,6 +79,51 @@ def near_duplicates(near: Near, rows: int, at_hand: int, similar: float, level: 
         p_value=near.p_value,
         rows=len(ids),
         names=tuple(ids[:NAMES]),
+    )
+
+
+def disputed_labels(found: Disputes, named: Sequence[Dispute], names: Sequence[str], bar: Bar) -> Found:
+    """``named``: the classes that clear the bar by themselves; where there are none, all of them do together."""
+    classes = named or [one for one in found.classes if one.wrong]
+    listed = _some(
+        f"rows labelled '{names[one.label]}' look like '{names[one.answer]}' ({one.times} of {one.rows}"
+        + (f", and {one.wrong - one.times} like others" if one.wrong > one.times else "")
+        + f"; of its hold-out rows {one.held_wrong} of {one.held} look like another class)"
+        for one in classes
+    )
+    effect, p_value = (named[0].effect, named[0].p_value) if named else (found.effect, found.p_value)
+    opening = "to the live version, " + ("" if named else "rows of many labels look like other classes, most of all: ")
+    return Found(
+        kind="disputed-labels",
+        sentence=(
+            f"{opening}{listed} ({bar.said(effect, p_value)}). Read some of these rows: labels that are swapped or mistaken "
+            "would be learnt, and rows that have changed would teach the class anew."
+        ),
+        effect=max(effect, 0.0),
+        p_value=p_value,
+        rows=sum(one.wrong for one in classes),
+        names=tuple(names[one.label] for one in classes[:NAMES]),
+    )
+
+
+def renamed_labels(alike: Sequence[Likeness], names: Sequence[str], rules: DriftRules) -> Found:
+    """``alike``: new labels whose rows look like a known class, the most alike first."""
+    listed = _some(
+        f"'{names[one.label]}' looks like the known '{names[one.answer]}' ({one.times} of {one.rows} rows)"
+        for one in alike
+    )
+    first = alike[0]
+    return Found(
+        kind="renamed-labels",
+        sentence=(
+            f"to the live version, the new label {listed}, as surely as hold-out rows of that class itself (reported from "
+            f"{percent(rules.renamed)} of the rows on; {_p(first.p_value)}, reported below {rules.level:g}): if it is that class by "
+            f"another name, write the known one, or two outputs compete for the same rows; if not, --new-label says so."
+        ),
+        effect=first.times / first.rows,
+        p_value=first.p_value,
+        rows=sum(one.times for one in alike),
+        names=tuple(names[one.label] for one in alike[:NAMES]),
     )
 
 

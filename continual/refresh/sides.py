@@ -21,6 +21,8 @@ from continual.refresh.shifts import Floats, Ints
 from continual.table import Table
 
 Features = Callable[[Table], Tensor]
+Answers = Callable[[Table, Tensor | None], Tensor]
+"""Logits float32 (N, K) of rows, given their features where there are any."""
 
 
 class Side:
@@ -86,6 +88,14 @@ class Side:
         """A dense column of these rows, float64 (X, C), whatever its shape."""
         column = self.table.select(torch.from_numpy(places_X)).column(name)
         found: Floats = column.reshape(len(column), math.prod(column.shape[1:])).cpu().double().numpy()
+        return found
+
+    def logits(self, places_X: Ints, answers: Answers, known: int) -> Floats:
+        """Logits of the known classes of these rows, float64 (X, known)."""
+        if not len(places_X):
+            return np.zeros((0, known))
+        features_XD = None if self._features is None else self.features(places_X)
+        found: Floats = answers(self.select(places_X), features_XD)[:, :known].double().cpu().numpy()
         return found
 
     def features(self, places_X: Ints) -> Tensor:

@@ -47,7 +47,11 @@ class Status(Record):
         if self.live is None:
             lines.append("no version is live yet: give it rows with `continual store update`")
         else:
-            mean = "" if self.mean is None else f", mean {self.score} {self.mean:.3f}"
+            mean = (
+                ""
+                if self.mean is None
+                else f", mean {self.score} {self.mean:.3f} (in brackets: two-sided 95 % intervals)"
+            )
             lines.append(f"live: version {self.live} of {self.created}, {_size(self.bytes)}{mean}")
             lines += _tree(self.measured)
         if self.last is not None and self.last != self.live:

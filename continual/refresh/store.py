@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import NonNegativeInt
 
 from continual.disk import write_text
-from continual.errors import ContinualError, SpecError, StateError, StreamError
+from continual.errors import CompositionError, ContinualError, SpecError, StateError, StreamError, quoted
 from continual.kinds import Objective, Scenario
-from continual.models.spec import ModelSpec, ModuleSpec, PretrainedSpec, parse_model_spec
+from continual.models.spec import MLPSpec, ModelSpec, ModuleSpec, PretrainedSpec, parse_model_spec
 from continual.provenance import now
 from continual.refresh.folder import Columns, Folder, Settings, make_folder
 from continual.refresh.journal import GOES_LIVE, Entry
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from continual.learner import Learner
     from continual.refresh.erasure import Erasure
     from continual.strategy import Strategy
+
+TEXT_MODEL = "a model of text, such as sentence-transformers/all-MiniLM-L6-v2"
+LISTED = 10
+"""Names that a sentence lists."""
 
 
 class Store:
@@ -107,6 +111,7 @@ class Store:
         check_ladder(chosen, checked)
         base = base_on_disk(model)
         _check_model(spec, base)
+        _check_rows(spec, chosen, named, asked.objective)
         settings = Settings(
             created=now(),
             model=spec.model_dump(mode="json", by_alias=True, exclude_unset=True),
@@ -276,6 +281,7 @@ class Store:
                 return f"version {version} is live already: nothing was done."
             self._check_loadable(version)
             sentence = f"version {version} ('{manifest.experience}', {manifest.answer}) was made live by hand"
+            sentence += self._lacks(version, self.folder.current())
             self.folder.go_live(version, "promoted", sentence)
             return f"{sentence}."
 
@@ -311,7 +317,7 @@ class Store:
                     f"{target}` makes it live."
                 )
             self._check_loadable(target)
-            sentence = f"rolled back from version {live} to {target}"
+            sentence = f"rolled back from version {live} to {target}{self._lacks(target, live)}"
             self.folder.go_live(target, "rolled back", sentence)
             return f"{sentence}; the next update goes on from there."
 
@@ -336,26 +342,33 @@ class Store:
                 f"the rows of '{self.path}' have no id column, so no id names one: hand the rows themselves to erase_rows(), or "
                 "give --rows a file of them."
             )
-        named = [str(one) for one in ids]
+        named = list(dict.fromkeys(str(one) for one in ids))
         if not named:
             raise StreamError("no row to erase is named: give ids, one at least.")
         found = row_ids(named, settings.salt)
-        return self._erase(lambda: found)
+        return self._erase(lambda: (found, named))
 
     def erase_rows(self, rows: Any) -> Erasure:
         """As :meth:`erase`, of rows that are given themselves, in any form that :meth:`update` takes."""
         from continual.refresh.intake import read_rows
 
         settings = self.folder.settings
-        return self._erase(lambda: read_rows(rows, settings.columns, settings.objective, settings.salt).ids)
 
-    def _erase(self, rows: Callable[[], Tensor]) -> Erasure:
+        def given() -> tuple[Tensor, list[str]]:
+            found = read_rows(rows, settings.columns, settings.objective, settings.salt)
+            if found.raw.ids is None:  # places count from 0 among rows that differ
+                return found.ids, [f"row {place}" for place in range(len(found.ids))]
+            return found.ids, [str(name) for name in found.raw.ids]
+
+        return self._erase(given)
+
+    def _erase(self, rows: Callable[[], tuple[Tensor, list[str]]]) -> Erasure:
         from continual.refresh.erasure import erase
 
         self._check_trust()
         deaf = self._tell()
         with self.folder.writing("erase"), self.folder.cached():
-            found = erase(self.folder, rows(), self.trust)
+            found = erase(self.folder, *rows(), self.trust)
         return replace(found, sentence=" ".join([found.sentence, *deaf]))
 
     def _tell(self) -> list[str]:
@@ -378,9 +391,59 @@ class Store:
         number = self._version(version)
         return restored(self.folder, number, self.trust, device=device, progress=False)
 
-    def predict(self, rows: Any, *, version: int | None = None, device: str = "auto") -> dict[str, Any]:
-        """Predictions of a version (the live one), as :meth:`Learner.predict` gives them."""
-        return self.learner(version, device=device).predict(rows)
+    def predict(
+        self,
+        rows: Any,
+        *,
+        version: int | None = None,
+        device: str = "auto",
+        experience: str | None = None,
+        out_of_scope: float | None = None,
+    ) -> dict[str, Any]:
+        """Predictions of a version (the live one), as :meth:`Learner.predict` gives them.
+
+        Args:
+            experience: whose classes compete; the scenario ``task`` needs it, and no other takes it.
+            out_of_scope: rows that are less ``familiar`` than this have True in ``out_of_scope``, bool (N,). The scale is the head's
+                own: choose it on rows that are known.
+
+        Raises:
+            StreamError: no experience where one is needed, or none of that name.
+            CompositionError: the head does not say how familiar a row is.
+        """
+        learner, place = self.learner(version, device=device), None
+        if self.folder.settings.scenario == "task":
+            names = learner.experience_names
+            if experience not in names:
+                said = "is not named" if experience is None else f"'{experience}' is none of them"
+                raise StreamError(
+                    f"the scenario is 'task', where the classes of one experience compete, and it {said}: name it (--experience), "
+                    f"one of {quoted(names[-LISTED:])}."
+                )
+            place = names.index(experience)
+        elif experience is not None:
+            raise StreamError(
+                f"the scenario is '{self.folder.settings.scenario}', where all classes compete: leave the experience "
+                f"'{experience}' out."
+            )
+        found = learner.predict(rows, experience=place)
+        if out_of_scope is not None:
+            if "familiar" not in found:
+                head = next((part.name for part in learner.parts if part.slot == "head"), "a head of its own")
+                raise CompositionError(
+                    f"the model answers by {head}, which does not say how familiar a row is, so that none can be told to be out of "
+                    "scope: leave the threshold out, or keep a store with a head that does (nearest-mean, slda, klda, ridge, "
+                    "vae-classifier)."
+                )
+            found["out_of_scope"] = ~(found["familiar"] >= out_of_scope)
+        return found
+
+    def _lacks(self, version: int, live: int | None) -> str:
+        """What a version about to go live has not learnt and the live one has, as the end of a sentence."""
+        names = self.folder.lacking(version, live)
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        listed = f"{quoted(names[:LISTED])}{more}"
+        return f"; version {version} has not learnt {listed}, which version {live} has" if names else ""
 
     def _version(self, version: int | None) -> int:
         if version is not None:
@@ -434,6 +497,27 @@ def _check_model(spec: ModelSpec, base: str | None) -> None:
         module_class(spec)
     if isinstance(spec, PretrainedSpec) and base is None and is_path(spec.name):
         resolve(spec.name)
+
+
+def _check_rows(spec: ModelSpec, strategy: Strategy, columns: Columns, objective: Objective) -> None:
+    """Raise where the model cannot read such rows, or not with this strategy, which the first update would find out."""
+    text = next((one for one in (columns.text, columns.prompt, columns.messages) if one is not None), None)
+    if isinstance(spec, PretrainedSpec) and columns.features:
+        raise SpecError(
+            "a transformer reads text and the columns name 'features': name a column of text, or take 'mlp'."
+        )
+    if not isinstance(spec, MLPSpec):
+        return
+    tokens = [part.name for part in strategy.prototypes if part.needs_tokens]
+    if objective not in ("classification", "regression"):
+        raise SpecError(f"an mlp cannot be trained for {objective}: name a language model of Hugging Face.")
+    if tokens:
+        raise CompositionError(
+            f"{tokens[0]} puts virtual tokens before those of a row, and an mlp reads none: name a transformer of Hugging Face as "
+            "the model, or take adapter kind 'lora'."
+        )
+    if text is not None:
+        raise SpecError(f"an mlp reads numbers and '{text}' is text: name {TEXT_MODEL}, or 'features'.")
 
 
 def _rule_text(rules: Any, checked: Rules) -> str:

@@ -9,13 +9,11 @@ All steps of the transaction stand here in their order, with what each leaves fo
 from __future__ import annotations
 
 import hashlib
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, Literal
 
 import torch
@@ -23,20 +21,20 @@ from pydantic import Field
 
 from continual.disk import recover_folder
 from continual.errors import ContinualError, ModelError, StateError, StreamError, TrainingError, shown
-from continual.kinds import Objective
 from continual.learner import Learner
 from continual.models.build import base_on_disk
-from continual.monitor.evaluation import evaluating
 from continual.objective import PRIMARY
 from continual.parts.replay.store import KeepsRows
 from continual.provenance import commit, now, versions
 from continual.refresh.alerts import SILENT
 from continual.refresh.allowed import check_ladder, check_rules
+from continual.refresh.bounds import rows_to_pass
 from continual.refresh.drift import compare, stopped_by
 from continual.refresh.folder import Folder, no_link
 from continual.refresh.intake import Divided, Offered, check_form, check_labels, divide, read_rows, without
 from continual.refresh.journal import GOES_LIVE
 from continual.refresh.judge import judge
+from continual.refresh.live import Live
 from continual.refresh.measuring import measured_in, seconds_in_turns
 from continual.refresh.objects import write_bytes
 from continual.refresh.pieces import split
@@ -56,7 +54,7 @@ from continual.refresh.records import (
     record_text,
 )
 from continual.refresh.restored import restored, whole
-from continual.refresh.rules import GateRules, Happened, Rules
+from continual.refresh.rules import Happened, Rules
 from continual.refresh.untold import put
 from continual.refresh.wording import word_pieces
 from continual.spec import parse
@@ -64,7 +62,7 @@ from continual.strategy import Strategy
 from continual.streams.check import require_experience
 from continual.streams.convert import as_experience
 from continual.streams.experience import Experience
-from continual.table import Table, TensorTable, concat, to_device
+from continual.table import Table, TensorTable, concat
 
 COLUMNS = ("input_ids", "attention_mask", "inputs", "labels", "row")
 
@@ -150,8 +148,8 @@ class Update:
         limit = holdout_rows(rules, 0 if parent is None else len(parent.experience_names))
         name = self._name(parent) if request is None else request.experience
         early = self.strategy.training.early_stopping is not None
-        least = rows_to_pass(rules.gate, self.settings.objective)
-        divided = divide(offered, rules.holdout, least=least, most=limit, valid=early)
+        least, wanted = (rows_to_pass(rules.gate, self.settings.objective, lost=lost) for lost in (0, 1))
+        divided = divide(offered, rules.holdout, least=wanted, most=limit, valid=early)
         if divided.holdout is None and (parent is None or parent.monitor is None or not parent.monitor.tables()):
             raise StreamError(
                 f"no row of '{offered.path}' can be held out to measure on, since every class trains on one at least, and no "
@@ -371,20 +369,13 @@ class Update:
         if parent is None or parent.monitor is None:
             return Drift(new=len(experience.train))
 
-        def features(table: Table) -> torch.Tensor:
-            found = []
-            with parent.randomness.framework(), evaluating(parent.model):
-                for start in range(0, len(table), parent.evaluation_rows):
-                    batch = table[torch.arange(start, min(start + parent.evaluation_rows, len(table)))]
-                    found.append(parent.model.backbone(to_device(batch, parent.device)).float().cpu())
-            return torch.cat(found)
-
+        live = Live(parent)
         tokenizer: Any = parent.model.tokenizer
         return compare(
             parent._encoded(experience.train),
             _memory(parent),
             holdouts=list(parent.monitor.tables().values()),
-            features=features if parent.model.gives_features else None,
+            features=live.features if parent.model.gives_features else None,
             class_names=experience.class_names,
             known=len(parent.class_names),
             rules=rules.drift,
@@ -393,6 +384,9 @@ class Update:
             scenario=self.settings.scenario,
             unknown_token=None if tokenizer is None else tokenizer.unk_token_id,
             pieces=None if tokenizer is None else word_pieces(tokenizer),
+            answers=live.answers,
+            right=live.right(),
+            accepted=self.options.new_labels,
         )
 
     def _ask(self, offered: Offered, name: str, rules: Rules, drift: Drift, seconds: float) -> Request:
@@ -499,7 +493,12 @@ class Update:
             drift=request.drift,
             measured=measured,
             score=PRIMARY[learner.objective],
-            notes=(*offered.notes, *(_said(one, request) for one in request.diverged), *learner.notes[self._notes :]),
+            notes=(
+                *offered.notes,
+                *(one.sentence for one in request.drift.known),
+                *(_said(one, request) for one in request.diverged),
+                *learner.notes[self._notes :],
+            ),
             cost={
                 "train": train,
                 "evaluate": evaluate,
@@ -634,18 +633,6 @@ def _said(one: Diverged, request: Request) -> str:
 def _goes_live(manifest: Manifest, rules: Rules) -> bool:
     """Whether the gate lets a version go live, or the rules let through what it could not tell."""
     return manifest.answer == "pass" or (manifest.answer == "cannot tell" and rules.gate.unsure == "promote")
-
-
-def rows_to_pass(rules: GateRules, objective: Objective) -> int:
-    """Rows of a test set with which the gate passes where no row has changed: Tango's bound of a drop of 0, z² / (z² + N).
-
-    0 where no number does (``max_drop`` 0) or none is needed (scores that are not right or wrong).
-    """
-    margin = rules.max_drop
-    if objective != "classification" or not 0 < margin < 1:
-        return 0
-    z = NormalDist().inv_cdf(rules.confidence)
-    return math.floor(z * z * (1 - margin) / margin) + 1
 
 
 def holdout_rows(rules: Rules, experiences: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,22 @@ def test_the_loop_of_ones_own() -> None:
     rows = {int(row) for experience in stream for row in experience.train.column("row")}
     assert len(loop.parts[0].rows()) == min(200, len(rows)) and set(loop.parts[0].rows().tolist()) <= rows
     assert 64 in seen, "a batch of 32 with as many replayed"
+
+
+def test_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A month of two classes becomes a version, which answers."""
+    draw = random.Random(0)
+    rows = [
+        {"id": n, "label": ["low", "high"][n % 2], "age": 20 + 30 * (n % 2) + draw.random(), "sum": n % 7}
+        for n in range(120)
+    ]
+    (tmp_path / "2026-10.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(code("from continual import Store"), "README.md", "exec"), names)
+    assert names["outcome"].happened == "promoted" and names["store"].live == 1
+    printed = capsys.readouterr().out
+    assert "live: version 1" in printed and printed.rstrip().endswith(("['low']", "['high']"))
 
 
 # peft 0.21 reads an attribute that transformers 5.23 has deprecated, and trl 1.16 sets one (seen November 2026).

@@ -35,11 +35,11 @@ def option(
 
 
 def init(
-    argv: str, *said: str, files: dict[str, Any] | None = None, status: int = 1, more: tuple[str, ...] = ()
-) -> Case:
-    return Case(
-        f"init {argv} {' '.join(more)}", ["store", "init", "fresh", *argv.split(), *more], said, files or {}, status
-    )
+    argv: str, *said: str, files: dict[str, Any] | None = None, status: int = 1, more: tuple[str, ...] = (),
+    features: tuple[str, ...] = ("--feature", "a"),
+) -> Case:  # fmt: skip
+    command = ["store", "init", "fresh", *argv.split(), *more, *features]
+    return Case(f"init {argv} {' '.join(more)}", command, said, files or {}, status)
 
 
 def at(name: str, change: Callable[[bytes], bytes] | bytes | None) -> Ready:

@@ -64,9 +64,60 @@ def test_a_store_from_init_to_export(tmp_path: Path) -> None:
     (tmp_path / "ids.txt").write_text("m1-3\nm1-4\n", encoding="utf-8-sig")  # as Windows writes it
     done = continual("store", "erase", "store", "--rows", "ids.txt", cwd=tmp_path)
     assert done.returncode == 0 and "2 of 2 rows were erased" in done.stdout and "rollback store 1" in done.stdout
+    assert "was ever given" not in done.stdout
+    assert continual("store", "erase", "store", "--rows", "ids.txt", cwd=tmp_path).returncode == 0, "the same again"
+    strangers = [f"x{number}" for number in range(7)]
+    for ids, status, count in ((["m1-5", *strangers], 0, 8), (["y", "z"], 1, 2)):
+        (tmp_path / "ids.txt").write_text("\n".join(ids), encoding="utf-8")
+        done = continual("store", "erase", "store", "--rows", "ids.txt", cwd=tmp_path)
+        named = "'x0', 'x1', 'x2', 'x3', 'x4' and 2 more (7 of" if status == 0 else "'y', 'z' (2 of"
+        assert done.returncode == status and f"was ever given {named} the {count} named)" in done.stdout, done.stdout
     assert continual("store", "verify", "store", cwd=tmp_path).returncode == 0
     done = continual("store", "export", "store", "--to", "plain", cwd=tmp_path)
     assert done.returncode == 0 and "base_model" not in (tmp_path / "plain" / "README.md").read_text(), done.stderr
+
+
+def predicted(place: Path, *more: str) -> tuple[Done, list[dict[str, object]]]:
+    """What ``predict`` did with the rows of month 1, without their labels."""
+    rows = [json.loads(line) for line in month(place, 1).read_text(encoding="utf-8").splitlines()]
+    (place / "new.jsonl").write_text("\n".join(json.dumps({k: r[k] for k in "abc"}) for r in rows), encoding="utf-8")
+    (place / "scored.jsonl").unlink(missing_ok=True)
+    done = continual("store", "predict", "store", "-i", "new.jsonl", "-o", "scored.jsonl", *more, cwd=place)
+    made = (place / "scored.jsonl").read_text(encoding="utf-8").splitlines() if not done.returncode else []
+    return done, [json.loads(line) for line in made]
+
+
+def test_in_the_scenario_task_the_classes_of_one_experience_compete(tmp_path: Path) -> None:
+    init(tmp_path, "--scenario", "task", rules=LOOSE)
+    for number in range(2):
+        assert update(tmp_path, number).returncode == 0
+    for number in range(2):
+        _, rows = predicted(tmp_path, "--experience", f"month-{number}")
+        assert {row["predicted"] for row in rows} <= {f"class {2 * number}", f"class {2 * number + 1}"} and rows
+    done, _ = predicted(tmp_path)
+    assert (
+        done.returncode == 1 and "it is not named: name it (--experience), one of 'month-0', 'month-1'" in done.stderr
+    )
+    done, _ = predicted(tmp_path, "--experience", "month-7")
+    assert done.returncode == 1 and "'month-7' is none of them" in done.stderr
+    done, _ = predicted(tmp_path, "--experience", "month-1", "--out-of-scope", "0.5")
+    assert done.returncode == 1 and "answers by head/linear, which does not say how familiar" in done.stderr
+
+
+def test_rows_out_of_scope_are_marked_where_the_head_can_tell(tmp_path: Path) -> None:
+    strategy = {"backbone": "frozen", "head": {"kind": "nearest-mean"}}
+    (tmp_path / "means.yaml").write_text(yaml.safe_dump(strategy), encoding="utf-8")
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(LOOSE), encoding="utf-8")
+    continual("store", "init", "store", "--strategy", "means.yaml", "--rules", "rules.yaml", *FEATURES, cwd=tmp_path)
+    assert update(tmp_path, 0).returncode == 0
+    _, rows = predicted(tmp_path)
+    assert rows and all("familiar" in row and "out_of_scope" not in row for row in rows)
+    median = sorted(float(str(row["familiar"])) for row in rows)[20]
+    _, marked = predicted(tmp_path, "--out-of-scope", str(median))
+    assert [row["out_of_scope"] for row in marked] == [float(str(row["familiar"])) < median for row in rows]
+    assert 15 < sum(bool(row["out_of_scope"]) for row in marked) < 25
+    done, _ = predicted(tmp_path, "--experience", "month-0")
+    assert done.returncode == 1 and "where all classes compete: leave the experience 'month-0' out" in done.stderr
 
 
 def test_the_exit_status_says_what_the_gate_said(tmp_path: Path) -> None:
@@ -106,6 +157,8 @@ def test_rows_that_differ_stop_an_update_where_the_rules_say_so(tmp_path: Path) 
     (tmp_path / "store" / "rules.yaml").write_text("gate: {max_drop: 0.9, unsure: promote}\n", encoding="utf-8")
     done = update(tmp_path, 2, "--accept-drift")
     assert done.returncode == 0 and "accepted" not in done.stdout, "nothing would have stopped it"
+    assert "drift:" not in done.stdout and "are of 2 classes not known before" in done.stdout
+    assert "drift:" not in continual("store", "status", "store", cwd=tmp_path).stdout
 
 
 def test_rows_of_a_version_that_was_taken_back_are_not_live(tmp_path: Path) -> None:
@@ -148,4 +201,4 @@ def test_the_rules_that_init_writes_are_explained_and_read_back() -> None:
         text = explained(given)
         assert Rules.model_validate(yaml.safe_load(text)) == given
         keys = [line for line in text.splitlines() if ":" in line and not line.strip().startswith("#")]
-        assert len(keys) == 31 and text.count("# ") >= 30 and "``" not in text
+        assert len(keys) == 32 and text.count("# ") >= 30 and "``" not in text

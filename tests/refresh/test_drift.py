@@ -58,13 +58,17 @@ def kinds(drift: Drift) -> list[str]:
     return [one.kind for one in drift.found]
 
 
+def known(drift: Drift) -> list[str]:
+    return [one.kind for one in drift.known]
+
+
 # --- the form of texts
 
 
 def test_ordinary_months_of_new_topics_are_no_news() -> None:
     for seed in range(5):
         drift = drift_of(texts(range(10, 18), seed, 10_000), [texts(range(10), seed, 0)], 10)
-        assert kinds(drift) == ["unknown-classes"]
+        assert kinds(drift) == [] and known(drift) == ["unknown-classes"]
         assert drift.tested == ("leakage", "form-shift", "unknown-classes")
 
 
@@ -123,10 +127,13 @@ def test_wording_of_rows_without_classes_counts_from_what_topics_do_alone() -> N
 
 def test_classes_not_known_before_are_named_the_largest_first() -> None:
     new = blobs(labels_of({0: 30, 5: 3, 6: 7}), 1000, 1)
-    one = found(drift_of(new, [blobs(labels_of({0: 50, 1: 50}), 0, 0)], 2), "unknown-classes")
+    at_hand: list[Table] = [blobs(labels_of({0: 50, 1: 50}), 0, 0)]
+    (one,) = drift_of(new, at_hand, 2).known
     assert one.names == ("topic 6", "topic 5") and one.rows == 10 and one.effect == 0.25 and one.p_value is None
     assert "'topic 6' (7 rows), 'topic 5' (3 rows)" in one.sentence
-    assert "unknown-classes" not in drift_of(new, [blobs(labels_of({0: 50, 1: 50}), 0, 0)], 0).tested
+    stops = drift_of(new, at_hand, 2, rules=DriftRules(stop=["unknown-classes"]))
+    assert stops.known == () and found(stops, "unknown-classes") == one
+    assert "unknown-classes" not in drift_of(new, at_hand, 0).tested
 
 
 def test_shares_of_known_classes_are_compared() -> None:
@@ -156,6 +163,101 @@ def test_a_class_that_stays_away_is_news_where_every_month_has_all_of_them() -> 
     assert found(drift_of(new, at_hand, 3, scenario="domain"), "label-shift").names[0] == "topic 2"
 
 
+# --- labels and what the live version answers
+
+CENTRES = np.random.default_rng(99).normal(size=(40, 6)) * 5
+
+
+def nearest(known: int) -> Callable[[Table, torch.Tensor | None], torch.Tensor]:
+    """Answers of a model that knows the places of the first classes (of :func:`drift_bench.blobs`)."""
+    centres = torch.tensor(CENTRES[:known], dtype=torch.float32)
+    return lambda rows, _: -(inputs(rows)[:, None] - centres).square().sum(2)
+
+
+def asked(new: Table, counts: dict[int, int], wrong: int = 0, **options: Any) -> Drift:
+    """Against hold-out rows of these classes, the first ``wrong`` of which are answered wrong."""
+    held = blobs(labels_of(counts), 0, 0)
+    right = np.ones(len(held))
+    right[:wrong] = 0
+    known = options.pop("known", len(counts))
+    return drift_of(new, [held], known, answers=nearest(known), right=[right], **options)
+
+
+def relabelled(new: TensorTable, **changed: int) -> TensorTable:
+    """With other labels: ``_1=2`` calls the rows of class 1 rows of class 2."""
+    labels = new.column("labels")
+    given = labels.clone()
+    for old, label in changed.items():
+        given[labels == int(old[1:])] = label
+    return TensorTable({**new.columns, "labels": given})
+
+
+@pytest.mark.parametrize("features", [inputs, None])
+def test_swapped_labels_are_named(features: Any) -> None:
+    at_hand = {0: 60, 1: 60, 2: 60, 3: 60}
+    new = blobs(labels_of({0: 50, 1: 50, 2: 40}), 1000, 1)
+    ordinary = asked(new, at_hand, features=features)
+    assert "disputed-labels" in ordinary.tested and "disputed-labels" not in kinds(ordinary)
+    drift = asked(relabelled(new, _0=1, _1=0), at_hand, wrong=2, features=features)
+    one = found(drift, "disputed-labels")
+    assert drift.found[0] == one and one.names == ("topic 1", "topic 0") and one.rows == 100
+    assert (
+        "to the live version, rows labelled 'topic 1' look like 'topic 0' (50 of 50; of its hold-out rows 0 of 60"
+        in (one.sentence)
+    )
+    assert (
+        "'topic 0' look like 'topic 1' (50 of 50; of its hold-out rows 2 of 60 look like another class)" in one.sentence
+    )
+    assert one.effect == 1.0 and one.p_value is not None and one.p_value < 1e-6
+    large = asked(relabelled(new, _0=1, _1=0), at_hand, features=features, rules=DriftRules(effect=0.999, level=1e-300))
+    assert "disputed-labels" not in kinds(large) and "disputed-labels" in large.tested
+
+
+def test_a_class_that_the_live_version_is_bad_at_is_no_news() -> None:
+    new = blobs(labels_of({0: 40, 1: 40}), 1000, 1)
+    new.columns["labels"][:12] = 1
+    at_hand = {0: 60, 1: 60}
+    assert "disputed-labels" in kinds(asked(new, at_hand))
+    held = blobs(labels_of(at_hand), 0, 0)
+    right = np.ones(120)
+    right[60:76] = 0
+    assert "disputed-labels" not in kinds(drift_of(new, [held], 2, answers=nearest(2), right=[right]))
+    untold = drift_of(new, [held], 2, answers=nearest(2), right=[None])
+    assert "disputed-labels" not in untold.tested
+
+
+def test_labels_mixed_up_in_many_classes_of_few_rows_are_seen_together() -> None:
+    counts = dict.fromkeys(range(40), 6)
+    new, generator = blobs(labels_of(counts), 1000, 1), np.random.default_rng(0)
+    assert "disputed-labels" not in kinds(asked(new, counts))
+    some = torch.tensor(generator.permutation(240)[:48])
+    new.columns["labels"][some] = torch.tensor(generator.integers(0, 40, 48))
+    one = found(asked(new, counts), "disputed-labels")
+    assert "rows of many labels look like other classes, most of all: rows labelled" in one.sentence
+    assert one.effect == pytest.approx(0.2, abs=0.03) and 40 < one.rows <= 48
+
+
+def test_a_known_class_by_another_name_is_named_and_a_new_one_is_not() -> None:
+    at_hand = {0: 60, 1: 60, 2: 60}
+    new = blobs(labels_of({1: 50, 7: 50, 0: 9}), 1000, 0)
+    drift = asked(relabelled(new, _1=8), at_hand)
+    one = found(drift, "renamed-labels")
+    assert one.names == ("topic 8",) and 0.8 <= one.effect <= 1 and one.p_value is not None and one.p_value < 1e-4
+    assert f"the new label 'topic 8' looks like the known 'topic 1' ({one.rows} of 50 rows)" in one.sentence
+    assert "renamed-labels" not in kinds(asked(new, at_hand)) and "renamed-labels" in asked(new, at_hand).tested
+    for rules in (DriftRules(renamed=1.0), DriftRules(level=1e-30)):
+        assert "renamed-labels" not in kinds(asked(relabelled(new, _1=8), at_hand, rules=rules))
+    assert "renamed-labels" not in kinds(asked(relabelled(new, _1=8), at_hand, accepted=["topic 8"]))
+    assert stopped_by(drift, DriftRules(stop=["renamed-labels"])) == one
+    few = asked(relabelled(blobs(labels_of({1: 4}), 1000, 1), _1=8), at_hand)
+    assert "renamed-labels" not in few.tested
+
+
+def test_labels_are_not_asked_about_where_tasks_do_not_compete() -> None:
+    new = relabelled(blobs(labels_of({0: 50, 1: 50}), 1000, 1), _0=1, _1=0)
+    assert "disputed-labels" not in asked(new, {0: 60, 1: 60}, scenario="task").tested
+
+
 # --- features
 
 
@@ -163,7 +265,7 @@ def test_covariate_shift_is_measured_class_by_class() -> None:
     at_hand: list[Table] = [blobs(labels_of({0: 150, 1: 30, 2: 60}), 0, 0)]
     mixture = drift_of(blobs(labels_of({0: 30, 1: 150, 2: 60, 9: 200}), 1000, 1), at_hand, 3, features=inputs)
     assert "covariate-shift" in mixture.tested and "form-shift" in mixture.tested
-    assert kinds(mixture) == ["label-shift", "unknown-classes"]
+    assert kinds(mixture) == ["label-shift"] and known(mixture) == ["unknown-classes"]
     moved = drift_of(blobs(labels_of({0: 100, 1: 20, 2: 40}), 1000, 1, move=1.0), at_hand, 3, features=inputs)
     shift = found(moved, "covariate-shift")
     assert shift.rows == 160 and set(shift.names) == {"topic 0", "topic 1", "topic 2"} and shift.effect > 0.3
@@ -184,7 +286,8 @@ def test_the_class_that_moved_is_named_first() -> None:
 def test_nothing_is_said_of_features_where_all_classes_are_new() -> None:
     new, at_hand = blobs(labels_of({5: 100, 6: 100}), 1000, 1, move=9.0), [blobs(labels_of({0: 100, 1: 100}), 0, 0)]
     drift = drift_of(new, at_hand, 2, features=inputs)
-    assert drift.tested == ("leakage", "near-duplicates", "unknown-classes") and kinds(drift) == ["unknown-classes"]
+    assert drift.tested == ("leakage", "near-duplicates", "unknown-classes") and kinds(drift) == []
+    assert known(drift) == ["unknown-classes"]
 
 
 def test_few_rows_are_not_tested() -> None:

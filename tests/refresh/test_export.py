@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,7 +42,7 @@ from continual.parts.head.nearest_mean import NearestMeans
 from continual.parts.part import Part
 from continual.randomness import Randomness
 from continual.refresh import export
-from continual.refresh.card import Card
+from continual.refresh.card import Card, render_card
 from continual.refresh.export import export_model
 from continual.refresh.plain.head import plain_head
 from continual.refresh.records import Check, Data, Judgement, Measured
@@ -439,6 +440,33 @@ def test_another_base_is_noticed(
     (folder / "inference.json").write_text(json.dumps({**told, "base_model": str(places.gpt2)}))
     with pytest.raises(AssertionError, match="this is another base"):
         run_code(folder, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["lora-rehearsal", "klda"])
+def test_without_a_network_the_base_comes_from_a_folder_as_the_card_says(
+    name: str, places: Places, read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = export_model(read.cases[name].learner, tmp_path / "out", card=PLAIN)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "a copy of the one that it was trained on" in text and "hf download" not in text
+    told = json.loads((folder / "inference.json").read_text())
+    (folder / "inference.json").write_text(json.dumps({**told, "base_model": "nobody/has-this"}))
+    with pytest.raises(OSError):
+        run_code(folder, monkeypatch)
+    said = re.findall(r"^Without a network, write `(.*?)` for `(.*?)`:", text, re.MULTILINE)
+    assert len(said) == 1 and text.count(said[0][1]) == 2
+    (folder / "README.md").write_text(text.replace(said[0][1], said[0][0]))
+    shutil.copytree(places.bert, folder / "base")
+    found = run_code(folder, monkeypatch)["predict"](TEXTS)
+    assert found["names"] == read.cases[name].wanted["0"]["names"]
+
+
+def test_the_card_says_how_a_base_of_the_hub_is_fetched(read: Read) -> None:
+    learner = read.cases["lora-rehearsal"].learner
+    told = {**json.loads((read.folders["lora-rehearsal"] / "inference.json").read_text()), "base_model": "someone/bert"}
+    text = render_card(PLAIN, told, "code\n", {}, list(learner.class_names))
+    assert "which `hf download someone/bert --local-dir base` fills on a machine that has one." in text
+    assert "Without a network" not in (read.folders["mlp"] / "README.md").read_text()
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])

@@ -113,14 +113,14 @@ def test_three_answers_and_what_stands_first() -> None:
     bad = ask(months(lost=(5, 80)))
     assert bad.answer == "fail" and [check.name for check in bad.checks] == ["feb", "jan"]
     assert bad.sentence == (
-        "'feb' fell by 8.0 points against the live version (90 % interval of the drop: 6.7 to 9.5): more than the 2 points "
+        "'feb' fell by 8.0 points against the live version (one-sided 95 % bounds of the drop: 6.7 and 9.5): more than the 2 points "
         "allowed at 95 % confidence; of 2 test sets 1 failed, 1 passed."
     )
     unsure = ask(months(rows=960, lost=(22, 5)))
     first = unsure.checks[0]
     assert unsure.answer == "cannot tell" and first.name == "jan" and first.rows_needed is not None
     assert (
-        f"jan' fell by 2.3 points against the live version (90 % interval of the drop: {100 * (first.low or 0):.1f}"
+        f"jan' fell by 2.3 points against the live version (one-sided 95 % bounds of the drop: {100 * (first.low or 0):.1f}"
         in (unsure.sentence)
     )
     assert (
@@ -151,7 +151,7 @@ def test_the_first_update_has_nothing_to_forget() -> None:
     )
     low = ask(first, new="jan", floor=0.9)
     assert low.answer == "fail" and low.sentence == (
-        "'jan' scores 50.0 % (90 % interval: 41.4 to 58.6): below the floor of 90 % at 95 % confidence; nothing was learnt "
+        "'jan' scores 50.0 % (one-sided 95 % bounds: 41.4 and 58.6): below the floor of 90 % at 95 % confidence; nothing was learnt "
         "before 'jan'."
     )
     held = ask(first, new="jan", floor=0.2)
@@ -237,7 +237,7 @@ def test_negative_flips_count_rows_of_earlier_experiences() -> None:
     assert (check.value, check.rows, check.answer) == (0.02, 2000, "pass")
     assert check.p_value == pytest.approx(reference.pvalue)
     assert ask(monitor, max_drop=0.5, negative_flips=0.01).sentence.startswith(
-        "2 % of the 2000 earlier rows were right in the live version and are wrong now (90 % interval: 1.5 to 2.6): more than "
+        "2 % of the 2000 earlier rows were right in the live version and are wrong now (one-sided 95 % bounds: 1.5 and 2.6): more than "
         "the 1 % allowed at 95 % confidence"
     )
     won = monitor_of({"a": {0: right(50, 100), 1: flipped(right(50, 100), 20, 20)}, "b": {1: right(9, 9)}})

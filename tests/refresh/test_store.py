@@ -18,10 +18,11 @@ from continual import Learner
 from continual.errors import CompositionError, ContinualError, SpecError, StateError, StreamError
 from continual.monitor.gate import gate
 from continual.refresh import Rules, Store
+from continual.refresh.bounds import rows_to_pass
 from continual.refresh.folder import Folder, make_folder
 from continual.refresh.intake import divide, read_rows
-from continual.refresh.rules import GateRules
-from continual.refresh.update import Update, holdout_rows, rows_to_pass
+from continual.refresh.rules import GateRules, explained
+from continual.refresh.update import Update, holdout_rows
 from continual.streams.content import row_keys
 
 
@@ -83,8 +84,10 @@ def test_a_refused_version_stays_and_is_not_live(tmp_path: Path) -> None:
     assert again.happened == "failed" and again.version == 2 and "--again" in again.sentence, "nothing is trained twice"
     assert store.versions() == [1, 2]
     assert store.update(month(tmp_path, 1), device="cpu", progress=False, again=True).version == 3
-    assert "made live by hand" in store.promote(2) and store.live == 2
-    assert "version 2 to 1" in store.rollback() and store.live == 1
+    sentence = store.promote(2)
+    assert "made live by hand" in sentence and "has not learnt" not in sentence and store.live == 2
+    sentence = store.rollback()
+    assert "version 2 to 1; version 1 has not learnt 'month-1', which version 2 has" in sentence and store.live == 1
     assert [entry.event for entry in store.history()][-2:] == ["promoted", "rolled back"]
 
 
@@ -99,6 +102,16 @@ def test_a_version_that_was_never_live_is_promoted_and_not_rolled_back_to(tmp_pa
     assert store.live == 2 and "to 1" in store.rollback(1) and "to 2" in store.rollback(2)
     store.promote(3)
     assert "from version 3 to 2" in store.rollback()
+
+
+def test_a_version_that_goes_live_names_the_months_that_it_lacks(tmp_path: Path) -> None:
+    store = grown(tmp_path, 3)
+    assert "to 1; version 1 has not learnt 'month-1', 'month-2', which version 3 has;" in store.rollback(1)
+    store.update(month(tmp_path, 2), device="cpu", progress=False, again=True, name="late")
+    assert store.live == 4 and store.folder.lacking(3, 4) == [], "the same rows under another name"
+    assert store.promote(3).endswith("was made live by hand.")
+    assert "; version 4 has not learnt 'month-1', which version 3 has." in store.promote(4)
+    assert "has not learnt 'month-1', which" in store.history()[-1].sentence
 
 
 def test_what_the_rows_cannot_tell_is_held_back_or_let_through_as_the_rules_say(tmp_path: Path) -> None:
@@ -272,8 +285,8 @@ def test_rows_are_erased_from_every_version_and_every_byte(tmp_path: Path) -> No
     ids = ["m0-1", "m0-2", "m1-5", "m1-6", "m1-7"]
     before = store.learner(device="cpu").ledger
     known = torch.cat([torch.cat([entry.trained_ids, entry.tested_ids]) for entry in before.entries])
-    found = store.erase([*ids, "stranger"])
-    assert (found.asked, found.known) == (6, 5)
+    found = store.erase([*ids, "stranger", "m0-1"])
+    assert (found.asked, found.known, found.unknown) == (6, 5, ("stranger",))
     assert (found.trained and "rollback" in found.commands[0]) or "first" in found.commands[0]
     assert store.verify() == [] and store.history()[-1].event == "erased"
     from continual.refresh.intake import row_ids
@@ -360,7 +373,10 @@ def test_rows_without_ids_are_erased_by_themselves(tmp_path: Path) -> None:
         store.erase(["m0-1"])
     some = tmp_path / "some.jsonl"
     some.write_text("\n".join(month(tmp_path, 0).read_text(encoding="utf-8").splitlines()[:4]), encoding="utf-8")
-    assert store.erase_rows(some).known == 4 and store.verify() == []
+    some.write_text(some.read_text(encoding="utf-8") + '\n{"label": "x", "a": 9, "b": 9, "c": 9}', encoding="utf-8")
+    found = store.erase_rows(some)
+    assert (found.asked, found.known, found.unknown) == (5, 4, ("row 4",)) and store.verify() == []
+    assert store.erase_rows(some).unknown == (), "they were erased, or asked for, before"
 
 
 def test_a_flipped_bit_is_found_and_named_wherever_it_is(tmp_path: Path) -> None:
@@ -540,13 +556,58 @@ def test_rows_with_the_content_of_a_hold_out_row_are_not_trained_on(tmp_path: Pa
 
 def test_how_many_rows_the_gate_can_pass_with() -> None:
     for margin, confidence in ((0.02, 0.95), (0.05, 0.95), (0.05, 0.99)):
-        least = rows_to_pass(GateRules(max_drop=margin, confidence=confidence), "classification")
-        same = {
-            rows: gate({"a": (np.ones(rows), np.ones(rows))}, margin, 1 - confidence)[0].verdict
-            for rows in (least - 1, least)
-        }
-        assert same == {least - 1: "cannot tell", least: "pass"}
-    assert rows_to_pass(GateRules(max_drop=0.0), "classification") == rows_to_pass(GateRules(), "regression") == 0
+        for lost in (0, 1):
+            least = rows_to_pass(GateRules(max_drop=margin, confidence=confidence), "classification", lost=lost)
+            found = {
+                rows: gate({"a": (np.ones(rows), np.arange(rows) >= lost)}, margin, 1 - confidence)[0].verdict
+                for rows in (least - 1, least)
+            }
+            assert found == {least - 1: "cannot tell", least: "pass"}
+    rules = GateRules(max_drop=0.0)
+    assert rows_to_pass(rules, "classification", lost=0) == rows_to_pass(GateRules(), "regression", lost=1) == 0
+
+
+def test_a_row_that_is_lost_does_not_keep_the_gate_from_telling(tmp_path: Path) -> None:
+    store = small_store(tmp_path, rules={"gate": {"max_drop": 0.05}})
+    store.update(month(tmp_path, 0, rows=270), device="cpu", progress=False)
+    assert store.manifest().data.holdout == 87, "more than the 52 with which nothing may change, and than a fifth"
+    said = explained(Rules())
+    for margin in (0.02, 0.05):
+        wanted = [rows_to_pass(GateRules(max_drop=margin), "classification", lost=lost) for lost in (1, 0)]
+        assert wanted == {0.02: [222, 133], 0.05: [87, 52]}[margin]
+        assert all(f" {rows}" in said for rows in wanted), "rules.yaml says so"
+
+
+def renamed(path: Path, **names: str) -> Path:
+    """The rows of a month with other labels, in the place of the file."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    given = {key.replace("_", " "): value for key, value in names.items()}
+    path.write_text("\n".join(json.dumps({**row, "label": given[row["label"]]}) for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "strategy", [STRATEGY, {"name": "means", "backbone": "frozen", "head": {"kind": "nearest-mean"}}]
+)
+def test_labels_that_the_live_version_disputes_are_named(strategy: dict[str, Any], tmp_path: Path) -> None:
+    store = small_store(tmp_path, strategy=strategy)
+    first = ("class 0", "class 1")
+    store.update(month(tmp_path, 0, rows=200), device="cpu", progress=False)
+    same = store.update(month(tmp_path, 1, rows=100, classes=first), device="cpu", progress=False)
+    assert {"disputed-labels"} <= {*store.report().drift.tested} and same.found == ()
+    (store.path / "rules.yaml").write_text(
+        json.dumps({**LOOSE, "drift": {"stop": ["disputed-labels", "renamed-labels"]}}), encoding="utf-8"
+    )
+    swapped = renamed(month(tmp_path, 2, rows=100, classes=first), class_0="class 1", class_1="class 0")
+    outcome = store.update(swapped, device="cpu", progress=False)
+    assert outcome.happened == "stopped" and store.versions() == [1, 2]
+    assert "rows labelled 'class 0' look like 'class 1' (" in outcome.sentence
+    assert outcome.found[0].names == ("class 0", "class 1") and outcome.found[0].effect > 0.9
+    other = renamed(month(tmp_path, 3, rows=100, classes=first), class_0="zero", class_1="class 1")
+    outcome = store.update(other, device="cpu", progress=False)
+    assert outcome.happened == "stopped" and "the new label 'zero' looks like the known 'class 0' (" in outcome.sentence
+    outcome = store.update(other, device="cpu", progress=False, new_labels=["zero"])
+    assert outcome.happened == "promoted" and "renamed-labels" not in {one.kind for one in outcome.found}
 
 
 def test_small_hold_outs_grow_and_say_what_they_cannot_do(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ class Prefix(Part):
 
     slot: ClassVar[Slot] = "adapter"
     Settings: ClassVar[type[Spec]] = PrefixSettings
+    needs_tokens: ClassVar[bool] = True
     objectives: ClassVar[tuple[Objective, ...]] = ("classification", "regression", "causal-lm")
     settings: PrefixSettings
 

@@ -52,6 +52,7 @@ class Prompt(Part):
 
     slot: ClassVar[Slot] = "adapter"
     Settings: ClassVar[type[Spec]] = PromptSettings
+    needs_tokens: ClassVar[bool] = True
     settings: PromptSettings
 
     def __init__(self, **settings: Any) -> None:

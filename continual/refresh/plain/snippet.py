@@ -34,7 +34,7 @@ _NAMES = """\
 names = json.loads((folder / "labels.json").read_text(encoding="utf-8"))["id2label"]
 """
 _BASE = """\
-base = told["base_model"]  # or a folder that holds the same weights
+base = told["base_model"]  # or the path of a folder that holds the same weights
 """
 _CHECK = """\
 with open(cached_file(base, told["base_file"]), "rb") as file:
