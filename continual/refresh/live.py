@@ -14,6 +14,7 @@ from torch import Tensor
 
 from continual.learner import Learner
 from continual.monitor.evaluation import evaluating
+from continual.streams.batching import evaluation_batches
 from continual.table import Batch, Table, to_device
 
 
@@ -44,9 +45,7 @@ class Live:
         return [scores.get(self.learner.experience_names[index]) for index in self.learner.monitor.tables()]
 
     def _of_each(self, table: Table, give: Callable[[Batch], Tensor]) -> Tensor:
-        found, rows = [], self.learner.evaluation_rows
+        order = evaluation_batches(table.lengths, len(table), self.learner.evaluation_rows)
         with self.learner.randomness.framework(), evaluating(self.model):
-            for start in range(0, len(table), rows):
-                batch = table[torch.arange(start, min(start + rows, len(table)))]
-                found.append(give(to_device(batch, self.learner.device)).float().cpu())
-        return torch.cat(found)
+            found = torch.cat([give(to_device(table[index_B], self.learner.device)).float().cpu() for index_B in order])
+        return torch.empty_like(found).index_copy_(0, torch.cat(order), found)
