@@ -67,6 +67,8 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path, self.mark = path, path.with_suffix(".end")
+        self._known: list[tuple[bytes, Entry, str]] = []
+        """Lines that were checked before, as long as they stand at the head of the file: the entry and SHA-256 of each."""
 
     def read(self) -> list[Entry]:
         """Every entry, after the chain was checked.
@@ -75,9 +77,12 @@ class Journal:
             StateError: a line was changed, taken out or put in, or lines at the end are gone.
         """
         marked = self._marked()  # first: whoever writes meanwhile adds a line before he marks it
-        entries: list[Entry] = []
-        before = FIRST
-        for number, line in enumerate(self._lines()):
+        lines, known = self._lines(), self._known
+        if [line for line, _, _ in known] != lines[: len(known)]:
+            known = []
+        checked = list(known)
+        for number, line in enumerate(lines[len(known) :], len(known)):
+            before = checked[-1][2] if checked else FIRST
             where = f"line {number + 1} of '{self.path}'"
             entry = read_record(Entry, line, where)
             if entry.number != number or entry.before != before:
@@ -85,18 +90,23 @@ class Journal:
                     f"{where} does not follow from the line before: the journal was changed by hand; restore the store from a "
                     "backup."
                 )
-            entries.append(entry)
-            before = hashlib.sha256(line).hexdigest()
-            if marked is not None and marked[0] == number + 1 and marked[1] != before:
-                raise StateError(
-                    f"{where} is not the one that '{self.mark}' tells of: restore the store from a backup."
-                )
-        if entries and marked is not None and marked[0] > len(entries):
+            checked.append((line, entry, hashlib.sha256(line).hexdigest()))
+        if checked and marked is not None:
+            self._check_end(marked, [digest for _, _, digest in checked])
+        self._known = checked
+        return [entry for _, entry, _ in checked]
+
+    def _check_end(self, marked: tuple[int, str], digests: list[str]) -> None:
+        count, last = marked
+        if count > len(digests):
             raise StateError(
-                f"'{self.path}' has {len(entries)} lines and had {marked[0]}: its end was cut off; restore the store from a backup, "
+                f"'{self.path}' has {len(digests)} lines and had {count}: its end was cut off; restore the store from a backup, "
                 f"or remove '{self.mark}' to go on with what is left."
             )
-        return entries
+        if count and digests[count - 1] != last:
+            raise StateError(
+                f"line {count} of '{self.path}' is not the one that '{self.mark}' tells of: restore the store from a backup."
+            )
 
     def append(self, event: Happening, **content: object) -> Entry:
         """Write one entry; it is on the disk when this returns.
