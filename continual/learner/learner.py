@@ -15,7 +15,7 @@ from continual.engine import Engine
 from continual.errors import CompositionError, ModelError, StateError, StreamError, TrainingError, quoted
 from continual.learner.checkpoint import check_same
 from continual.learner.erasing import Erasing
-from continual.learner.optimizer import make_optimizer
+from continual.learner.optimizer import load_optimizers, make_optimizer
 from continual.learner.result import result_of
 from continual.learner.trainer import Progress, Trainer
 from continual.learner.update import Run, Update
@@ -260,6 +260,8 @@ class Learner(Erasing):
         context.batch_size = training.batch_size
         if training.fresh_optimizer:
             context.optimizer = None
+        if any(parameter.requires_grad for parameter in self.model.parameters()):
+            load_optimizers()
         started = time.perf_counter()
         context.begin(experience, steps=steps)
         if self._engine is not None:

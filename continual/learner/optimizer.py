@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -10,6 +11,11 @@ from torch import Tensor, nn
 
 from continual.errors import StateError
 from continual.training import Training
+
+
+def load_optimizers() -> None:
+    """Import what torch's optimisers import at their first step: a second or more, which is no training."""
+    importlib.import_module("torch._dynamo")
 
 
 def make_optimizer(training: Training, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
