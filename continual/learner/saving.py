@@ -153,7 +153,9 @@ class Saving(Core):
                 kinds; the optimiser begins anew where it is another one.
         """
         if state.get("format") != FORMAT:
-            raise StateError(f"'{source}' has format {state.get('format')!r}, this version reads {FORMAT}.")
+            raise StateError(
+                f"'{source}' has format {state.get('format')!r}, this version reads {FORMAT}: move it away and run anew, or use the release that wrote it."
+            )
         missing = sorted(NEEDED - state.keys())
         if missing:
             raise StateError(

@@ -78,7 +78,9 @@ def read_state(folder: Path, strategy: Strategy | None, trust: Iterable[str]) ->
             f"'{folder}' holds no state of a trainer (it lacks {quoted(missing) or 'its mark'}): use another."
         )
     if state["format"] != FORMAT:
-        raise StateError(f"'{folder}' has format {state['format']!r}, this version reads {FORMAT}.")
+        raise StateError(
+            f"'{folder}' has format {state['format']!r}, this version reads {FORMAT}: train anew, or use the release that wrote it."
+        )
     trusted = set(trust) | (set() if strategy is None else wishes(strategy.to_dict()))
     check_trusted(folder, wishes(state["strategy"]) - trusted)
     return state
