@@ -154,7 +154,8 @@ class Saving(Core):
         """
         if state.get("format") != FORMAT:
             raise StateError(
-                f"'{source}' has format {state.get('format')!r}, this version reads {FORMAT}: move it away and run anew, or use the release that wrote it."
+                f"'{source}' has format {state.get('format')!r}, this version reads {FORMAT}: move it away and run anew, or use "
+                "the release that wrote it."
             )
         missing = sorted(NEEDED - state.keys())
         if missing:
