@@ -27,6 +27,7 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("lwf", {}, {"strength": 3.0}),
     ("lwf", {}, {"temperature": 1.0}),
     ("lwf", {}, {"weighting": "experiences"}),
+    ("lwf", {}, {"over": "all"}),
     ("feature-distillation", {}, {"strength": 3.0}),
     ("feature-distillation", {}, {"distance": "cosine"}),
     ("agem", {"rows": 4}, {"rows": 4, "capacity": 5}),
