@@ -62,8 +62,8 @@ def init_command(
     """Make a store; its first version comes with the first update."""
     from continual.errors import SpecError
     from continual.refresh import Store
+    from continual.refresh.asked import TEXT_MODEL
     from continual.refresh.rules import gate_phrase
-    from continual.refresh.store import TEXT_MODEL
     from continual.spec import overrides_of
 
     if gate is not None and rules is not None:

@@ -5,28 +5,28 @@ What trains or reads weights is imported where it is needed: to ask where a stor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import NonNegativeInt
-
 from continual.disk import write_text
 from continual.errors import CompositionError, ContinualError, SpecError, StateError, StreamError, quoted
 from continual.kinds import Objective, Scenario
-from continual.models.spec import MLPSpec, ModelSpec, ModuleSpec, PretrainedSpec, parse_model_spec
+from continual.models.spec import parse_model_spec
 from continual.provenance import now
+from continual.refresh.asked import Asked, check_columns, check_model, check_rows, rule_text
 from continual.refresh.folder import Columns, Folder, Settings, make_folder
 from continual.refresh.journal import GOES_LIVE, Entry
 from continual.refresh.plainly import plainly
 from continual.refresh.records import Manifest, Outcome, Report
-from continual.refresh.rules import Rules, explained
+from continual.refresh.rules import Rules
 from continual.refresh.status import Status, compare, status_of
 from continual.refresh.untold import waiting
 from continual.refresh.verify import verify
-from continual.spec import Spec, parse
+from continual.spec import parse
 from continual.trust import check_trusted, wishes
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from continual.refresh.erasure import Erasure
     from continual.strategy import Strategy
 
-TEXT_MODEL = "a model of text, such as sentence-transformers/all-MiniLM-L6-v2"
 LISTED = 10
 """Names that a sentence lists."""
 
@@ -92,7 +91,7 @@ class Store:
         from continual.refresh.intake import salt_of
         from continual.strategy import Strategy
 
-        asked = parse(_Asked, {"seed": seed, "scenario": scenario, "objective": objective}, "the store")
+        asked = parse(Asked, {"seed": seed, "scenario": scenario, "objective": objective}, "the store")
         chosen = Strategy.load(strategy, overrides=overrides)
         if chosen.engine is not None:
             raise SpecError(
@@ -105,13 +104,13 @@ class Store:
         spec = parse_model_spec(model)
         chosen.check(objective=objective, gives_features=gives_features(model, objective), open_stream=True)
         named = parse(Columns, dict(columns or {}), "the columns")
-        _check_columns(named)
+        check_columns(named)
         given = Rules.load(Path(rules)) if isinstance(rules, str | Path) else rules
         checked = given if isinstance(given, Rules) else parse(Rules, dict(given or {}), "the rules")
         check_ladder(chosen, checked)
         base = base_on_disk(model)
-        _check_model(spec, base)
-        _check_rows(spec, chosen, named, asked.objective)
+        check_model(spec, base)
+        check_rows(spec, chosen, named, asked.objective)
         settings = Settings(
             created=now(),
             model=spec.model_dump(mode="json", by_alias=True, exclude_unset=True),
@@ -124,7 +123,7 @@ class Store:
             columns=named,
             salt=salt_of(seed),
         )
-        make_folder(Path(path), settings, _rule_text(rules, checked))
+        make_folder(Path(path), settings, rule_text(rules, checked))
         return cls(path, trust=wishes([settings.strategy, settings.model]) | asked_by(checked, Path(path)))
 
     # What there is
@@ -408,9 +407,11 @@ class Store:
                 own: choose it on rows that are known.
 
         Raises:
-            StreamError: no experience where one is needed, or none of that name.
+            StreamError: no experience where one is needed, or none of that name; a threshold that is no number.
             CompositionError: the head does not say how familiar a row is.
         """
+        if out_of_scope is not None and not math.isfinite(out_of_scope):
+            raise StreamError(f"{out_of_scope} is no threshold to be out of scope by: give a finite number.")
         learner, place = self.learner(version, device=device), None
         if self.folder.settings.scenario == "task":
             names = learner.experience_names
@@ -462,66 +463,3 @@ class Store:
         for name, piece in self.folder.manifest(version).pieces.items():
             if name != "report":
                 self.folder.objects.check(piece, f"{name} of version {version}")
-
-
-class _Asked(Spec):
-    """What a store is made with, as far as nothing else checks it."""
-
-    seed: NonNegativeInt
-    scenario: Scenario
-    objective: Objective
-
-
-def _check_columns(columns: Columns) -> None:
-    """Raise :class:`SpecError` where texts and features are both named, or a column is two things."""
-    given = columns.model_dump(exclude_none=True)
-    text = next((name for name in ("text", "prompt", "completion", "messages") if name in given), None)
-    if columns.features and text is not None:
-        raise SpecError(f"the columns: both 'features' and '{text}' are named: name one of them.")
-    met: dict[str, str] = {}
-    for what, value in given.items():
-        for name in value if isinstance(value, list) else [value]:
-            if name in met:
-                raise SpecError(
-                    f"the columns: '{name}' is named for '{met[name]}' and for '{what}': name each column once."
-                )
-            met[name] = what
-
-
-def _check_model(spec: ModelSpec, base: str | None) -> None:
-    """Raise where what the model is named by is not there; a name of the hub is only looked for when it is needed."""
-    from continual.models.build import module_class
-    from continual.models.hub import is_path, resolve
-
-    if isinstance(spec, ModuleSpec):
-        module_class(spec)
-    if isinstance(spec, PretrainedSpec) and base is None and is_path(spec.name):
-        resolve(spec.name)
-
-
-def _check_rows(spec: ModelSpec, strategy: Strategy, columns: Columns, objective: Objective) -> None:
-    """Raise where the model cannot read such rows, or not with this strategy, which the first update would find out."""
-    text = next((one for one in (columns.text, columns.prompt, columns.messages) if one is not None), None)
-    if isinstance(spec, PretrainedSpec) and columns.features:
-        raise SpecError(
-            "a transformer reads text and the columns name 'features': name a column of text, or take 'mlp'."
-        )
-    if not isinstance(spec, MLPSpec):
-        return
-    tokens = [part.name for part in strategy.prototypes if part.needs_tokens]
-    if objective not in ("classification", "regression"):
-        raise SpecError(f"an mlp cannot be trained for {objective}: name a language model of Hugging Face.")
-    if tokens:
-        raise CompositionError(
-            f"{tokens[0]} puts virtual tokens before those of a row, and an mlp reads none: name a transformer of Hugging Face as "
-            "the model, or take adapter kind 'lora'."
-        )
-    if text is not None:
-        raise SpecError(f"an mlp reads numbers and '{text}' is text: name {TEXT_MODEL}, or 'features'.")
-
-
-def _rule_text(rules: Any, checked: Rules) -> str:
-    """What ``rules.yaml`` says: the file as it was given, comments and all, or every rule."""
-    if isinstance(rules, str | Path):
-        return Path(rules).read_text(encoding="utf-8")
-    return explained(checked)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 
 from continual.disk import recover_folder
 from continual.errors import ContinualError, ModelError, StateError, StreamError, TrainingError, shown
@@ -40,24 +39,21 @@ from continual.refresh.objects import write_bytes
 from continual.refresh.pieces import split
 from continual.refresh.plainly import plainly
 from continual.refresh.records import (
-    Count,
     Data,
-    Digest,
     Drift,
     Found,
     Manifest,
     Outcome,
     Piece,
-    Record,
     Report,
     read_record,
     record_text,
 )
+from continual.refresh.request import Diverged, Request, rules_of, why_given_up
 from continual.refresh.restored import restored, whole
 from continual.refresh.rules import Happened, Rules
 from continual.refresh.untold import put
 from continual.refresh.wording import word_pieces
-from continual.spec import parse
 from continual.strategy import Strategy
 from continual.streams.check import require_experience
 from continual.streams.convert import as_experience
@@ -67,35 +63,6 @@ from continual.table import Table, TensorTable, concat
 COLUMNS = ("input_ids", "attention_mask", "inputs", "labels", "row")
 
 Note = Callable[[str], None]
-
-
-class Diverged(Record):
-    """A try whose training broke off: its place in the ladder, the sentence why, and the seconds that it took."""
-
-    attempt: Count
-    sentence: str
-    seconds: float
-
-
-class Request(Record):
-    """``work/update.json``: what the update under way was asked for, and the tries that came to nothing.
-
-    Attributes:
-        live: the version that it is trained on from.
-        first: the number of the first version that it makes.
-        rules: as they were when it began.
-    """
-
-    fingerprint: Digest
-    path: str
-    experience: str
-    live: Count | None
-    first: Count
-    rules: dict[str, Any]
-    begun: str
-    drift: Drift = Field(default_factory=Drift)
-    drift_seconds: float = 0.0
-    diverged: tuple[Diverged, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,7 +107,7 @@ class Update:
             if known is not None:
                 self._owe(known, -1)
                 return known
-        rules = self.folder.rules if request is None else _rules_of(request)
+        rules = self.folder.rules if request is None else rules_of(request)
         check_rules(rules, self.folder.path, {*self.options.trust})
         check_ladder(self.strategy, rules)
         parent = None if self.live is None else self._restored(self.live)
@@ -226,7 +193,7 @@ class Update:
 
     def _ended(self, request: Request, version: int | None, goes: bool, attempts: int) -> Outcome:
         """The end of an update: the last version that it made goes live or not, or its training never came to an end."""
-        name, given_up = request.experience, [_said(one, request) for one in request.diverged]
+        name, given_up = request.experience, [why_given_up(one, request) for one in request.diverged]
         if version is None:
             sentence = request.diverged[-1].sentence
             outcome = self._outcome(
@@ -279,7 +246,7 @@ class Update:
                 f"'{path}', which tells of an update that broke off, is damaged: add --abandon to give it up."
             ) from error
         tries = [number for number in self.folder.numbers() if number >= request.first]
-        rules = _rules_of(request)
+        rules = rules_of(request)
         waits = bool(tries) and _goes_live(self.folder.manifest(tries[-1]), rules)
         over = len(tries) + len(request.diverged) > len(rules.ladder.settings) and not waits
         if self.live in tries:
@@ -496,7 +463,7 @@ class Update:
             notes=(
                 *offered.notes,
                 *(one.sentence for one in request.drift.known),
-                *(_said(one, request) for one in request.diverged),
+                *(why_given_up(one, request) for one in request.diverged),
                 *learner.notes[self._notes :],
             ),
             cost={
@@ -619,15 +586,6 @@ class Update:
             seconds=time.perf_counter() - self.begun,
             notes=tuple(dict.fromkeys((*(() if report is None else report.notes), *notes))),
         )
-
-
-def _rules_of(request: Request) -> Rules:
-    return parse(Rules, request.rules, f"the rules of the update with '{request.path}' that broke off")
-
-
-def _said(one: Diverged, request: Request) -> str:
-    settings = [{}, *_rules_of(request).ladder.settings][one.attempt]
-    return f"the try {shown(settings, 200) if settings else 'of the strategy as it is'} came to nothing: {one.sentence}"
 
 
 def _goes_live(manifest: Manifest, rules: Rules) -> bool:

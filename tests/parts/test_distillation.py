@@ -98,6 +98,13 @@ def test_lwf_over_all_outputs_holds_new_classes_down_too() -> None:
     assert (pull[:, 4:].abs() > 1e-4).any(), "new classes are held as well"
 
 
+def test_lwf_over_all_outputs_needs_one_classification() -> None:
+    with pytest.raises(CompositionError, match=r"the scenario is 'task'.*leave over out"):
+        middle(make("lwf", over="all"), scenario="task")
+    with pytest.raises(CompositionError, match="the objective 'causal-lm'"):
+        looped(make("lwf", over="all"), model=model_of("llama"), objective="causal-lm")
+
+
 def test_lwf_in_the_task_scenario_asks_each_experience_by_itself() -> None:
     loop, old = middle(make("lwf"), scenario="task")
     batch = last_batch()

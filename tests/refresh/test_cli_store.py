@@ -116,6 +116,8 @@ def test_rows_out_of_scope_are_marked_where_the_head_can_tell(tmp_path: Path) ->
     _, marked = predicted(tmp_path, "--out-of-scope", str(median))
     assert [row["out_of_scope"] for row in marked] == [float(str(row["familiar"])) < median for row in rows]
     assert 15 < sum(bool(row["out_of_scope"]) for row in marked) < 25
+    done, _ = predicted(tmp_path, "--out-of-scope", "nan")
+    assert done.returncode == 1 and "nan is no threshold" in done.stderr
     done, _ = predicted(tmp_path, "--experience", "month-0")
     assert done.returncode == 1 and "where all classes compete: leave the experience 'month-0' out" in done.stderr
 

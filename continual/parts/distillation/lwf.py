@@ -26,6 +26,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from continual.errors import CompositionError
 from continual.kinds import Objective
 from continual.models.output import Output
 from continual.objective import Criterion
@@ -44,7 +45,7 @@ class LwFSettings(Spec):
         temperature: T > 0.
         weighting: ``sum`` adds the distillation to the objective; ``experiences`` weighs the objective 1/t and the
             distillation 1 - 1/t.
-        over: the outputs of a classification that are held: those of the ``old`` classes, or ``all``; not in the task scenario.
+        over: the outputs of a classification that are held: those of the ``old`` classes, or ``all`` (not in the task scenario).
     """
 
     kind: Literal["lwf"] = "lwf"
@@ -74,6 +75,11 @@ class LwF(Part):
 
     def attach(self, context: Context) -> None:
         super().attach(context)
+        if self.settings.over == "all" and (context.scenario == "task" or context.objective != "classification"):
+            raise CompositionError(
+                f"{self.name} with over: all holds every output of one classification, and here the scenario is '{context.scenario}' "
+                f"and the objective '{context.objective}': leave over out."
+            )
         self._index = None
 
     def begin(self, context: Context, experience: Experience) -> None:
