@@ -10,7 +10,7 @@ from torch import Tensor
 from continual.errors import StateError
 from continual.table import IGNORED, TOKEN_COLUMNS, Ragged, Table, TensorTable
 
-FORMAT = 4
+FORMAT = 5
 
 
 def table_state(table: Table) -> dict[str, Any]:

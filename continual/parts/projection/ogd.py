@@ -131,7 +131,7 @@ class OGD(Part):
             for batch in context.batches(
                 experience.train, limit=self.settings.rows, generator=generator, gradients=True
             ):
-                ids.append(batch["row"].cpu())
+                ids.append(batch["row"].cpu() if "row" in batch else torch.full((len(batch["labels"]),), -1))
                 yield batch
 
         per_row(context, batches(), self._targets, stacks, parameters)
