@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "replay/mir": {"capacity": 20},
     "replay/gdumb": {"capacity": 20},
     "replay/generative": {"hidden": [16], "latent": 4, "threshold": 0.0},
+    "replay/feature-vae": {"hidden": [16], "latent": 4, "threshold": 0.0, "epochs": 3},
     "adapter/prompt": {"tokens": 3},
     "adapter/prefix": {"tokens": 3},
     "head/vae-classifier": {"hidden": [16], "latent": 4},
@@ -34,8 +35,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 KINDS = [f"{slot}/{kind}" for slot, kinds in PARTS.items() for kind in kinds]
 PAIRS = [(one, other) for one, other in combinations(KINDS, 2) if one.split("/")[0] != other.split("/")[0]]
-CLOSED_FORM = {"head/nearest-mean", "head/slda", "head/klda", "head/ridge"}
-STEADY = CLOSED_FORM | {"replay/gaussian"}
+CLOSED_FORM = {"head/nearest-mean", "head/neighbours", "head/slda", "head/klda", "head/ridge"}
+DRAWN = {"replay/gaussian", "replay/feature-vae"}
+STEADY = CLOSED_FORM | DRAWN
 """They need features that stay: a frozen backbone, or LoRA in the first experience alone."""
 
 TOKENS = {"adapter/prompt", "adapter/prefix"}
@@ -43,7 +45,7 @@ TOKENS = {"adapter/prompt", "adapter/prefix"}
 
 IMPOSSIBLE = {
     *product(["head/vae-classifier"], [kind for kind in KINDS if kind.split("/")[0] != "head"]),
-    *product(["head/exemplar-means"], ["replay/generative", "replay/gaussian"]),
+    *product(["head/exemplar-means"], ["replay/generative", *DRAWN]),
     *product(["distillation/binary"], ["penalty/ewc", "penalty/rwalk"]),
     *product(
         CLOSED_FORM,
@@ -51,7 +53,7 @@ IMPOSSIBLE = {
     ),
     *product(["adapter/adalora", "adapter/prompt", "adapter/prefix"], STEADY),
     *product([kind for kind in KINDS if kind.split("/")[0] == "adapter"], ["projection/osf"]),
-    ("replay/gaussian", "projection/osf"),
+    *product(DRAWN, ["projection/osf"]),
     *product(["penalty/orthogonal"], TOKENS | STEADY | {"projection/osf", "projection/ogd"}),
     *product(["adapter/adalora"], ["penalty/si", "penalty/rwalk", "projection/ogd"]),
     *product(["replay/gdumb"], [kind for kind in KINDS if kind.split("/")[0] not in ("head", "replay")]),

@@ -44,6 +44,8 @@ class ConditionalVAE(nn.Module):
         hidden: width of each hidden layer of the encoder, at least one.
         latent: Z.
         likelihood: of a row given z and its class.
+        label_std: deviation of what the vectors of a new class are drawn with; None takes 1/√width. The larger, the more
+            rows of different classes differ before anything is learnt.
         generator: of the initial weights, which are drawn as ``torch.nn.Linear`` draws them.
     """
 
@@ -55,9 +57,11 @@ class ConditionalVAE(nn.Module):
         hidden: tuple[int, ...] = (400, 400),
         latent: int = 100,
         likelihood: Likelihood = "bernoulli",
+        label_std: float | None = None,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
+        self.label_std = label_std
         self.inputs, self.latent, self.likelihood = inputs, latent, likelihood
         widths = (inputs, *hidden)
         self.encoder = nn.ModuleList(_linear(a, b, generator) for a, b in pairwise(widths))
@@ -76,12 +80,13 @@ class ConditionalVAE(nn.Module):
         return len(self.seen_by_encoder)
 
     def grow_to(self, classes: int, generator: torch.Generator) -> None:
-        """Have at least ``classes``; new vectors are drawn from N(0, 1/width). Parameters that grow are new objects."""
+        """Have at least ``classes``; vectors of new ones are drawn with ``label_std``. Parameters that grow are new objects."""
         more = classes - self.classes
         if more > 0:
             for name in ("seen_by_encoder", "seen_by_decoder"):
                 old = getattr(self, name)
-                drawn = torch.randn(more, old.shape[1], generator=generator) / math.sqrt(old.shape[1])
+                std = 1 / math.sqrt(old.shape[1]) if self.label_std is None else self.label_std
+                drawn = torch.randn(more, old.shape[1], generator=generator) * std
                 setattr(self, name, nn.Parameter(torch.cat([old.detach(), drawn.to(old)])))
 
     def encode(self, rows_BI: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ PARTS: dict[Slot, dict[str, str]] = {
     "head": {
         "linear": "continual.parts.head.linear:LinearHead",
         "nearest-mean": "continual.parts.head.nearest_mean:NearestMeanHead",
+        "neighbours": "continual.parts.head.neighbours:NeighboursHead",
         "slda": "continual.parts.head.slda:SLDAHead",
         "ridge": "continual.parts.head.ridge:RidgeHead",
         "klda": "continual.parts.head.klda:KLDAHead",
@@ -27,6 +28,7 @@ PARTS: dict[Slot, dict[str, str]] = {
         "dark": "continual.parts.replay.dark:Dark",
         "mir": "continual.parts.replay.mir:MIR",
         "generative": "continual.parts.replay.generative:GenerativeReplay",
+        "feature-vae": "continual.parts.replay.feature_vae:FeatureVAE",
         "gdumb": "continual.parts.replay.gdumb:GDumb",
         "gaussian": "continual.parts.replay.gaussian:GaussianReplay",
     },

@@ -433,8 +433,8 @@ class Store:
                 head = next((part.name for part in learner.parts if part.slot == "head"), "a head of its own")
                 raise CompositionError(
                     f"the model answers by {head}, which does not say how familiar a row is, so that none can be told to be out of "
-                    "scope: leave the threshold out, or keep a store with a head that does (nearest-mean, slda, klda, ridge, "
-                    "vae-classifier)."
+                    "scope: leave the threshold out, or keep a store with a head that does (nearest-mean, neighbours, slda, klda, "
+                    "ridge, vae-classifier)."
                 )
             found["out_of_scope"] = ~(found["familiar"] >= out_of_scope)
         return found

@@ -130,7 +130,7 @@ def test_sums_are_equal_to_float64_rounding_in_any_order_and_division(name: str)
     for order, sizes in ((torch.arange(N), [N]), (torch.randperm(N), [1, 250, 149])):
         head = make(**settings)
         learn(head, table.select(order), sizes)
-        found.append(head.closed_form.sums)
+        found.append(head.closed_form.held)
     assert torch.equal(found[0].counts_K, found[1].counts_K)
     torch.testing.assert_close(found[0].sums_KD, found[1].sums_KD, rtol=1e-12, atol=1e-12)
     if found[0].second_DD is not None:
@@ -175,10 +175,10 @@ def test_a_class_of_one_row_is_given_up_with_it(name: str, cuts: list[int]) -> N
     never.grow_to(3, other)
     lone = whole.column("row")[-1:]
     assert head.rows().tolist() == lone.tolist() and not len(never.rows())
-    row = head.closed_form.sums.sums_KD[2].clone()
+    row = head.closed_form.held.sums_KD[2].clone()
     assert head.erase(torch.tensor([1, 2])) == 0 == head.erase(whole.column("row")[:5]), "sums of several rows stay"
     assert head.erase(torch.cat([lone, torch.tensor([1])])) == 1 and head.erase(lone) == 0 == len(head.rows())
-    sums, wanted = head.closed_form.sums, never.closed_form.sums
+    sums, wanted = head.closed_form.held, never.closed_form.held
     assert torch.equal(sums.counts_K, wanted.counts_K) and not sums.sums_KD[2].any()
     torch.testing.assert_close(sums.sums_KD, wanted.sums_KD, rtol=1e-12, atol=1e-12)
     if sums.second_DD is not None:
@@ -213,12 +213,12 @@ def test_two_rows_of_a_class_are_a_sum(together: bool) -> None:
     head = NearestMeanHead()
     training = learn(head, whole, [62] if together else [61, 1])
     assert not len(head.rows()) and head.erase(whole.column("row")) == 0
-    assert int(head.closed_form.sums.counts_K[2]) == 2
+    assert int(head.closed_form.held.counts_K[2]) == 2
     again = NearestMeanHead()
     learn(again, whole, [61])
     first = again.rows()
     assert len(first) == 1
-    again.closed_form.sums.add(torch.randn(1, D, dtype=torch.float64), torch.tensor([2]))
+    again.closed_form.held.add(torch.randn(1, D, dtype=torch.float64), torch.tensor([2]))
     assert not len(again.rows()), "a second row without an id makes a sum too"
     assert training.model.head is head.closed_form.module
 

@@ -18,6 +18,7 @@ from continual.parts.head.linear import GrowingLinear
 TRAINING = {"optimizer": "adamw", "lr": 0.01, "head_lr": 0.02, "epochs": 2, "batch_size": 16}
 HEADS: list[dict[str, Any]] = [
     {"kind": "nearest-mean"},
+    {"kind": "neighbours"},
     {"kind": "slda"},
     {"kind": "klda", "dimension": 30},
     {"kind": "ridge", "dimension": 30},

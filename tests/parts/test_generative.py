@@ -97,15 +97,15 @@ def test_the_check_counts_made_rows_that_the_classifier_recognises() -> None:
         for n in range(20):
             row = part.generator.sample(torch.tensor([label]), noise[20 * place + n][None])
             right += int(loop.forward({"inputs": row, "labels": torch.tensor([label])}).logits.argmax()) == label
-        assert part.shares[place] == right / 20
-    assert min(part.shares) > 0.9
+        assert part.quality.shares[place] == right / 20
+    assert min(part.quality.shares) > 0.9
 
 
 def test_a_generator_that_is_not_good_enough_is_not_used() -> None:
     part = GenerativeReplay(**{**SMALL, "threshold": 0.8, "lr": 1e-6})
     loop = looped(part)
     train(loop, experience(0))
-    assert min(part.shares) < 0.8 and "next experience will be refused" in str(part.report())
+    assert min(part.quality.shares) < 0.8 and "next experience will be refused" in str(part.report())
     with pytest.raises(TrainingError, match=r"recognises \d+% of the rows made for class \d .*threshold is 80%"):
         loop.begin(experience(1))
     again = GenerativeReplay(**{**SMALL, "threshold": 0.8})
@@ -126,7 +126,7 @@ def test_rows_that_are_not_finite_are_not_recognised() -> None:
     assert part.learning is not None
     part.learning.out.bias.data.fill_(torch.nan)
     loop.end()
-    assert part.shares == [0.0]
+    assert part.quality.shares == [0.0]
 
 
 def test_gaussian_rows_of_another_shape() -> None:
@@ -196,7 +196,7 @@ def test_cut_and_resumed_is_the_same(tmp_path: Path, labels: str) -> None:
         train(loop, experience(2), epochs=2)
         assert part.generator is not None
         tensors = [*loop.model.parameters(), *part.generator.parameters()]
-        runs.append(([tensor.detach().clone() for tensor in tensors], part.shares))
+        runs.append(([tensor.detach().clone() for tensor in tensors], part.quality.shares))
     assert runs[0][1] == runs[1][1]
     assert all(torch.equal(one, other) for one, other in zip(runs[0][0], runs[1][0], strict=True))
 

@@ -1,7 +1,8 @@
-"""What heads without gradients share: sums of features go in, a rule makes class scores of them.
+"""What heads without gradients share: sums of features go in, or features of rows; a rule makes class scores of them.
 
-Each such head is a part of its own, with a rule (nearest mean, linear discriminants, ridge regression) and an instance
-of :class:`ClosedForm`, to which it hands the hooks. The rows of an experience are added at its end, in one pass.
+Each such head is a part of its own, with a rule (nearest mean, linear discriminants, ridge regression, a vote of neighbours)
+and an instance of :class:`ClosedForm`, to which it hands the hooks. The rows of an experience are added at its end, in one
+pass.
 
 **First session.** Where the backbone trains while nothing has been added up yet (``adapter/lora`` with ``across_tasks:
 first``), the model has a cosine head with class means as its first weights (``linear.py``) until the experience ends;
@@ -14,14 +15,13 @@ Letters: B rows, D features, M lifted features, K outputs, k classes when the ru
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from continual.parts.head.class_sums import (
-    ClassSums,
     backbone_trains,
     check_steady,
     class_sums,
@@ -60,10 +60,50 @@ class Familiar(Protocol):
         """float32 (B,), higher is more familiar; the scale is the head's own, so a threshold is set on known rows."""
 
 
-class Rule(Protocol):
+class Collected(Protocol):
+    """What is kept of rows: :class:`~continual.parts.head.class_sums.ClassSums`, or
+    :class:`~continual.parts.head.feature_rows.FeatureRows`."""
+
+    @property
+    def counts_K(self) -> Tensor:
+        """Rows of each class, int64 (K,)."""
+
+    def grow(self, classes: int, features: int) -> None:
+        """Have at least ``classes`` classes, of ``features`` features."""
+
+    def add(self, features_BD: Tensor, labels_B: Tensor, rows_B: Tensor | None = None) -> None:
+        """Add rows with labels and ids; :meth:`close` comes after the last."""
+
+    def close(self) -> None:
+        """Bring everything up to date with the rows added."""
+
+    def first(self, classes: int) -> Self:
+        """The same without the classes from ``classes`` on."""
+
+    def rows(self) -> Tensor:
+        """Ids of the rows that can be given up, int64 CPU."""
+
+    def erase(self, rows: Tensor) -> int:
+        """Give up these rows; returns how many there were."""
+
+    def to(self, device: torch.device) -> None:
+        """Move to ``device``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+
+
+Held = TypeVar("Held", bound=Collected)
+Held_contra = TypeVar("Held_contra", contravariant=True)
+
+
+class Rule(Protocol[Held_contra]):
     """Class scores in closed form."""
 
-    def solve(self, sums: ClassSums) -> Solution:
+    def solve(self, held: Held_contra, /) -> Solution:
         """What the scores need, by name, in float32; at least one class has rows."""
 
     def scores(self, solution: Solution, lifted_BM: Tensor) -> Tensor:
@@ -74,20 +114,20 @@ class Rule(Protocol):
 
 
 class ClassScores(nn.Module):
-    """The head's module: scores of ``outputs`` classes by a rule. Its buffers are made from the sums, not saved."""
+    """The head's module: scores of ``outputs`` classes by a rule. Its buffers are made from what is kept, not saved."""
 
     known: Tensor
 
-    def __init__(self, rule: Rule, lift: Lift) -> None:
+    def __init__(self, rule: Rule[Any], lift: Lift) -> None:
         super().__init__()
         self.rule, self.lift, self.outputs = rule, lift, 0
         self.solved: tuple[str, ...] = ()
         self.register_buffer("known", torch.zeros(0, dtype=torch.bool), persistent=False)
 
-    def solve(self, sums: ClassSums) -> None:
-        """Take over the sums."""
-        self.known = sums.counts_K > 0
-        solution = self.rule.solve(sums) if bool(self.known.any()) else {}
+    def solve(self, held: Collected) -> None:
+        """Take over what is kept."""
+        self.known = held.counts_K > 0
+        solution = self.rule.solve(held) if bool(self.known.any()) else {}
         for name in self.solved:
             delattr(self, name)
         self.solved = tuple(solution)
@@ -117,17 +157,17 @@ class ClassScores(nn.Module):
             return self.rule.familiarity(solution, lifted_BM, scores_Bk.amax(1))
 
 
-class ClosedForm:
-    """Sums, rule and first session of one head.
+class ClosedForm(Generic[Held]):
+    """What is kept, rule and first session of one head.
 
     Args:
-        rule: makes scores of sums.
-        lift: what features become before they are added up.
-        second: whether the rule needs the second moments.
+        rule: makes scores of what is kept.
+        lift: what features become before they are added.
+        held: what is kept of rows.
     """
 
-    def __init__(self, rule: Rule, lift: Lift, *, second: bool) -> None:
-        self.sums = ClassSums(second=second)
+    def __init__(self, rule: Rule[Held], lift: Lift, held: Held) -> None:
+        self.held = held
         self.module = ClassScores(rule, lift)
         self.first: LinearHead | None = None
         self._name = ""
@@ -141,7 +181,7 @@ class ClosedForm:
         """
         model = features_model(context, name)
         self._name = name
-        self.sums.to(context.device)
+        self.held.to(context.device)
         model.head = self.module.to(context.device)
         if self.first is not None:
             self.first.attach(context)
@@ -152,7 +192,7 @@ class ClosedForm:
         Raises:
             CompositionError: the backbone trains, and rows have been added up already.
         """
-        if bool(self.sums.counts_K.any()):
+        if bool(self.held.counts_K.any()):
             check_steady(context, self._name)
         elif backbone_trains(context):
             self.first = LinearHead(init="mean", normalize=True)
@@ -166,8 +206,8 @@ class ClosedForm:
         assert features is not None
         lift = self.module.lift
         lift.draw(features, context.randomness.generator("random features"))
-        self.sums.grow(classes, lift.width(features))
-        self.module.outputs = len(self.sums.counts_K)
+        self.held.grow(classes, lift.width(features))
+        self.module.outputs = len(self.held.counts_K)
         if self.first is not None:
             self.first.grow_to(self.module.outputs, context)
 
@@ -183,48 +223,48 @@ class ClosedForm:
 
         lift = self.module.lift
         if lift.center and lift.mean is None:
-            sums_KD, counts_K = class_sums(context, table, len(self.sums.counts_K), normalize=lift.normalize)
+            sums_KD, counts_K = class_sums(context, table, len(self.held.counts_K), normalize=lift.normalize)
             lift.mean = (sums_KD.sum(0) / counts_K.sum().clamp(min=1)).float()
 
         def take(features_BD: Tensor, batch: Batch) -> None:
             lifted_BM = lift(features_BD)
-            self.sums.add(lifted_BM, batch["labels"], batch.get("row"))
+            self.held.add(lifted_BM, batch["labels"], batch.get("row"))
             if also is not None:
                 also(lifted_BM, batch)
 
         sweep(context, table, take)
-        self.sums.close()
+        self.held.close()
 
     def solve(self) -> None:
-        """Bring the scores up to date with the sums."""
-        self._solved = len(self.sums.counts_K)
-        self.module.solve(self.sums)
+        """Bring the scores up to date with what is kept."""
+        self._solved = len(self.held.counts_K)
+        self.module.solve(self.held)
 
     def rows(self) -> Tensor:
-        """Ids of the rows that are the only one of their class, int64 (L,)."""
-        return self.sums.rows()
+        """Ids of the rows that can be given up, int64; of sums those that are the only one of their class."""
+        return self.held.rows()
 
     def erase(self, rows: Tensor) -> int:
-        """Take such rows out of the sums, and of the scores; returns how many there were."""
-        erased = self.sums.erase(rows)
+        """Take such rows out of what is kept, and of the scores; returns how many there were."""
+        erased = self.held.erase(rows)
         if erased:
-            self.module.solve(self.sums.first(self._solved))
+            self.module.solve(self.held.first(self._solved))
         return erased
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            **self.sums.state_dict(),
+            **self.held.state_dict(),
             "drawn": self.module.lift.drawn(),
             "solved": self._solved,
             "first": None if self.first is None else self.first.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], context: Context | None) -> None:
-        """Go on from ``state``: the scores are solved again from the very sums of the last time, so to the same bits."""
-        self.sums.load_state_dict(state)
+        """Go on from ``state``: the scores are solved again from the very numbers of the last time, so to the same bits."""
+        self.held.load_state_dict(state)
         self.module.lift.load_drawn(state["drawn"])
-        self.module.outputs, self._solved = len(self.sums.counts_K), int(state["solved"])
-        self.module.solve(self.sums.first(self._solved))
+        self.module.outputs, self._solved = len(self.held.counts_K), int(state["solved"])
+        self.module.solve(self.held.first(self._solved))
         if state["first"] is not None:
             self.first = LinearHead(init="mean", normalize=True)
             if context is not None:
@@ -232,5 +272,5 @@ class ClosedForm:
             self.first.load_state_dict(state["first"])
 
     def nbytes(self) -> int:
-        """Bytes of the sums, of what was drawn, and of what was solved; a first session's head is among the weights."""
+        """Bytes of what is kept, of what was drawn, and of what was solved; a first session's head is among the weights."""
         return tensor_bytes([self.state_dict(), self.module.solution(), self.module.known])

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from continual.kinds import Objective
+from continual.parts.head.class_sums import ClassSums
 from continual.parts.head.closed_form import EXCLUDES, ClosedForm
 from continual.parts.head.discriminant import Discriminants
 from continual.parts.head.lift import Lift
@@ -58,7 +59,7 @@ class KLDAHead(Part):
         super().__init__(**settings)
         own = self.settings
         lift = Lift(normalize=own.normalize, dimension=own.dimension, activation="fourier", bandwidth=own.bandwidth)
-        self.closed_form = ClosedForm(Discriminants(own.shrinkage), lift, second=True)
+        self.closed_form = ClosedForm(Discriminants(own.shrinkage), lift, ClassSums(second=True))
 
     def attach(self, context: Context) -> None:
         super().attach(context)

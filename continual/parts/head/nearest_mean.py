@@ -87,7 +87,7 @@ class NearestMeanHead(Part):
         super().__init__(**settings)
         own = self.settings
         rule = NearestMeans(own.distance, own.scale)
-        self.closed_form = ClosedForm(rule, Lift(normalize=own.normalize), second=False)
+        self.closed_form = ClosedForm(rule, Lift(normalize=own.normalize), ClassSums())
 
     def attach(self, context: Context) -> None:
         super().attach(context)

@@ -144,7 +144,7 @@ class RidgeHead(Part):
             projection=own.projection,
             center=own.center,
         )
-        self.closed_form = ClosedForm(self.rule, lift, second=True)
+        self.closed_form = ClosedForm(self.rule, lift, ClassSums(second=True))
 
     @property
     def strength(self) -> float | None:
@@ -162,7 +162,7 @@ class RidgeHead(Part):
         if self.settings.strength != "held-out":
             self.closed_form.end(context, experience)
             return
-        sums = self.closed_form.sums
+        sums = self.closed_form.held
         held = ClassSums(second=True)
         held.to(context.device)
         held.grow(len(sums.counts_K), self.settings.dimension)
@@ -198,6 +198,6 @@ class RidgeHead(Part):
 
     def _unit(self) -> float:
         """What stands in where nothing could be held out yet: the mean eigenvalue of the Gram matrix."""
-        second_MM = self.closed_form.sums.second_DD
+        second_MM = self.closed_form.held.second_DD
         assert second_MM is not None
         return float(second_MM.diagonal().mean()) or 1.0

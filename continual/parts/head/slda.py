@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from continual.kinds import Objective
+from continual.parts.head.class_sums import ClassSums
 from continual.parts.head.closed_form import EXCLUDES, ClosedForm
 from continual.parts.head.discriminant import Discriminants
 from continual.parts.head.lift import Lift
@@ -54,7 +55,9 @@ class SLDAHead(Part):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         own = self.settings
-        self.closed_form = ClosedForm(Discriminants(own.shrinkage), Lift(normalize=own.normalize), second=True)
+        self.closed_form = ClosedForm(
+            Discriminants(own.shrinkage), Lift(normalize=own.normalize), ClassSums(second=True)
+        )
 
     def attach(self, context: Context) -> None:
         super().attach(context)

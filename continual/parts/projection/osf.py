@@ -76,6 +76,7 @@ class OSF(Part):
     excludes: ClassVar[dict[str, str]] = {
         "projection": "the second projection would undo the first, so keep one.",
         "replay/gaussian": "it trains the weights below the features whose Gaussians are kept: leave one of the two out.",
+        "replay/feature-vae": "it trains the weights below the features that the generator makes: leave one of the two out.",
         "adapter": "it trains the weights themselves, which an adapter freezes: leave one of the two out.",
     }
     settings: OSFSettings

@@ -27,7 +27,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from continual.errors import CompositionError, TrainingError, quoted
+from continual.errors import CompositionError, quoted
 from continual.kinds import Objective
 from continual.models.output import Output
 from continual.models.vae import ConditionalVAE, Likelihood
@@ -35,13 +35,11 @@ from continual.objective import mask_logits
 from continual.parts.part import Context, Part, Slot
 from continual.parts.passes import as_at_test
 from continual.parts.replay.mix import ExperienceWeights, join, replay_count
+from continual.parts.replay.quality import Quality
 from continual.parts.teacher import Teacher
 from continual.spec import Spec
 from continual.streams.experience import Experience
 from continual.table import Batch
-
-BLOCK = 1024
-"""Rows made at once in the check."""
 
 
 class GenerativeSettings(Spec):
@@ -86,8 +84,8 @@ class GenerativeReplay(Part):
         self.optimizer: torch.optim.Optimizer | None = None
         self.known: list[int] = []
         """Classes in order of arrival."""
-        self.shares: list[float] = []
-        """For those that ``generator`` knows: the share of made rows that the classifier recognised."""
+        self.quality = Quality(self.settings.threshold, self.settings.check_rows)
+        """Of those that ``generator`` knows."""
         self.weights = ExperienceWeights()
         self.teacher = Teacher()
         self._shape: list[int] = []
@@ -112,7 +110,7 @@ class GenerativeReplay(Part):
                 f"shape {tuple(shape)}: give every experience inputs of one shape."
             )
         self._shape = shape
-        self._require_quality()
+        self.quality.require(self.name)
         draws = context.randomness.generator("generator")
         if self.generator is None:
             self.learning = self._make(math.prod(self._shape), max(classes) + 1, draws).to(context.device)
@@ -131,7 +129,7 @@ class GenerativeReplay(Part):
         if self.generator is None or not count:
             return batch
         draws, device = context.randomness.generator("generative replay"), batch["labels"].device
-        old = torch.tensor(self.known[: len(self.shares)])
+        old = torch.tensor(self.quality.classes)
         labels_M = old[torch.randint(len(old), (count,), generator=draws)].to(device, non_blocking=True)
         made = self._rows_of(self.generator, labels_M, torch.randn(count, self.settings.latent, generator=draws))
         if self.teacher:
@@ -159,18 +157,11 @@ class GenerativeReplay(Part):
         self.generator = self.learning.requires_grad_(False)
         self.learning = self.optimizer = None
         self.teacher = Teacher()
-        self.shares = self._recognised(context, self.generator)
+        self._look_at_quality(context, self.generator)
 
     def report(self) -> str | None:
         """One sentence where the generator is not good enough for the next experience."""
-        worst = self._worst()
-        if worst is None:
-            return None
-        label, share = worst
-        return (
-            f"the classifier recognises {share:.0%} of the rows made for class {label}, fewer than the threshold of "
-            f"{self.settings.threshold:.0%}: the next experience will be refused."
-        )
+        return self.quality.report()
 
     def state_dict(self) -> dict[str, Any]:
         optimizer, learning = self.optimizer, self.learning
@@ -183,14 +174,16 @@ class GenerativeReplay(Part):
             "learning": _state(learning),
             "optimizer": moments,
             "known": list(self.known),
-            "shares": list(self.shares),
+            "shares": list(self.quality.shares),
             "shape": list(self._shape),
             "teacher": self.teacher.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``."""
-        self.known, self.shares = [int(c) for c in state["known"]], [float(s) for s in state["shares"]]
+        self.known = [int(label) for label in state["known"]]
+        shares = [float(share) for share in state["shares"]]
+        self.quality.classes, self.quality.shares = self.known[: len(shares)], shares
         self._shape = [int(size) for size in state["shape"]]
         self.teacher.load_state_dict(state["teacher"])
         self.generator, self.learning = self._loaded(state["generator"]), self._loaded(state["learning"])
@@ -233,37 +226,16 @@ class GenerativeReplay(Part):
             )
         return classes, shape
 
-    def _worst(self) -> tuple[int, float] | None:
-        """The class whose rows are recognised least, where that is below the threshold."""
-        if not self.shares or min(self.shares) >= self.settings.threshold:
-            return None
-        share = min(self.shares)
-        return self.known[self.shares.index(share)], share
-
-    def _require_quality(self) -> None:
-        worst = self._worst()
-        if worst is not None:
-            label, share = worst
-            raise TrainingError(
-                f"{self.name} does not replay from its generator: the classifier recognises {share:.0%} of the rows made "
-                f"for class {label} and the threshold is {self.settings.threshold:.0%}: train longer, give the generator a "
-                "higher lr or more hidden units, lower the threshold, or take replay/rehearsal."
-            )
-
     @torch.no_grad()
-    def _recognised(self, context: Context, generator: ConditionalVAE) -> list[float]:
-        """For each class known the share of its made rows that the classifier gives that class."""
-        each, draws = self.settings.check_rows, context.randomness.generator("generator check")
-        labels_M = torch.tensor(self.known).repeat_interleave(each)
-        noise_MZ = torch.randn(len(labels_M), self.settings.latent, generator=draws)
-        right = []
+    def _look_at_quality(self, context: Context, generator: ConditionalVAE) -> None:
+        def right(labels_B: Tensor, noise_BZ: Tensor) -> Tensor:
+            made = self._rows_of(generator, labels_B, noise_BZ)
+            guess_B = mask_logits(context.forward(made).logits, context.active(made)).argmax(1)
+            return (guess_B == labels_B) & made["inputs"].flatten(1).isfinite().all(1)
+
+        draws = context.randomness.generator("generator check")
         with as_at_test(context.model):
-            for labels_b, noise_bZ in zip(torch.split(labels_M, BLOCK), torch.split(noise_MZ, BLOCK), strict=True):
-                made = self._rows_of(generator, labels_b.to(context.device), noise_bZ)
-                guess_b = mask_logits(context.forward(made).logits, context.active(made)).argmax(1)
-                right.append((guess_b == made["labels"]) & made["inputs"].flatten(1).isfinite().all(1))
-        shares: list[float] = torch.cat(right).view(-1, each).double().mean(1).tolist()
-        return shares
+            self.quality.look(self.known, self.settings.latent, context.device, draws, right)
 
     def _rows_of(self, generator: ConditionalVAE, labels_M: Tensor, noise_MZ: Tensor) -> Batch:
         rows_MI = generator.sample(labels_M, noise_MZ.to(labels_M.device, non_blocking=True))

@@ -29,6 +29,7 @@ from continual.parts.head.exemplar_means import ExemplarMeans
 from continual.parts.head.lift import Lift, rotated
 from continual.parts.head.linear import GrowingLinear
 from continual.parts.head.nearest_mean import NearestMeans
+from continual.parts.head.neighbours import Vote
 from continual.parts.head.ridge import Ridge
 
 EUCLIDEAN = 'logits = 2 * x @ head["means"].T - x.square().sum(1, keepdim=True) - head["means"].square().sum(1)'
@@ -60,7 +61,8 @@ def plain_head(module: nn.Module, kind: str, features: int) -> Head:
         kind: of its part, as ``head/slda``.
 
     Raises:
-        CompositionError: a head that torch alone cannot compute in a few lines, or one that knows no class yet.
+        CompositionError: a head that torch alone cannot compute in a few lines, one that would hand out training rows, or one
+            that knows no class yet.
     """
     if isinstance(module, ExemplarMeans):
         if not len(module.means):
@@ -70,6 +72,11 @@ def plain_head(module: nn.Module, kind: str, features: int) -> Head:
         return Head(_owned({"means": module.means}), {"kind": kind, "scale": 1.0}, lines, module.means.any(1).cpu())
     if isinstance(module, GrowingLinear):
         return _linear(module, kind)
+    if isinstance(module, ClassScores) and isinstance(module.rule, Vote):
+        raise CompositionError(
+            f"{kind} answers by the features of training rows, which an export would hand out: take a head of kind 'slda', or "
+            "serve the learner itself."
+        )
     if not isinstance(module, ClassScores) or not isinstance(module.rule, NearestMeans | Discriminants | Ridge):
         raise CompositionError(
             f"{kind} has no form that a few lines of torch compute, so it cannot be exported: take a head of kind 'linear', "

@@ -1,0 +1,146 @@
+"""Nearest neighbours among the features of earlier rows: nothing to train, nothing forgotten, every row kept or a few.
+
+Source: the weighted vote of Wu et al. 2018, "Unsupervised Feature Learning via Non-parametric Instance Discrimination"
+(arXiv 1805.01978, section 3.4): with s_i = −½ ‖f − g_i‖² (for features of length 1 their f·g_i − 1),
+
+    logits_k = log of the share of class k in Σ exp(s_i / τ) over the ``neighbours`` rows with the largest s_i
+
+so that the softmax of the logits is the vote. Familiarity is the negative distance to the last of these rows (Sun et al.
+2022, "Out-of-Distribution Detection with Deep Nearest Neighbors", arXiv 2204.06507).
+
+It keeps the features, labels and ids of rows, no text and no pixels, though features tell of those. ``per_class`` bounds
+them: a random few of each class, the same in any order of the rows.
+
+Letters: B rows, N rows kept, D features, K classes, n neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
+
+from continual.kinds import Objective
+from continual.parts.head.closed_form import EXCLUDES, ClosedForm, Solution
+from continual.parts.head.feature_rows import FeatureRows
+from continual.parts.head.lift import Lift
+from continual.parts.part import Context, Part, Slot
+from continual.spec import Spec
+from continual.state import tensor_bytes
+from continual.streams.experience import Experience
+
+BLOCK = 2**17
+"""Rows compared at once."""
+FLOOR = 1e-12
+"""The share of a class without a neighbour, which has to be finite in the logarithm."""
+
+
+class NeighboursSettings(Spec):
+    """Settings of :class:`NeighboursHead`.
+
+    Attributes:
+        neighbours: rows that vote; all where there are fewer.
+        temperature: τ; larger ones let the neighbours count more alike.
+        per_class: rows kept of each class; null keeps all, and memory grows with the stream.
+        normalize: L2-normalise the features of each row, before they are kept and before they are compared.
+    """
+
+    kind: Literal["neighbours"] = "neighbours"
+    neighbours: PositiveInt = 20
+    temperature: PositiveFloat = 0.07
+    per_class: PositiveInt | None = None
+    normalize: bool = True
+
+
+@dataclass(frozen=True)
+class Vote:
+    """The rule; its solution has ``rows`` float32 (N, D), ``halves`` float32 (N,), ½ ‖g‖², ``labels`` int64 (N,) and
+    ``counts`` int64 (K,)."""
+
+    neighbours: int
+    temperature: float
+
+    def solve(self, held: FeatureRows) -> Solution:
+        features_ND = held.features_ND
+        halves_N = 0.5 * features_ND.square().sum(1)
+        return {"rows": features_ND, "halves": halves_N, "labels": held.labels_N, "counts": held.counts_K}
+
+    def scores(self, solution: Solution, lifted_BM: Tensor) -> Tensor:
+        nearest_Bn, place_Bn = self.nearest(solution, lifted_BM)
+        weight_Bn = (nearest_Bn / self.temperature).softmax(1)
+        share_BK = weight_Bn.new_zeros(len(weight_Bn), len(solution["counts"]))
+        share_BK.scatter_add_(1, solution["labels"][place_Bn], weight_Bn)
+        return share_BK.clamp(min=FLOOR).log()
+
+    def familiarity(self, solution: Solution, lifted_BM: Tensor, best_B: Tensor) -> Tensor:
+        nearest_Bn, _ = self.nearest(solution, lifted_BM)
+        return -(-2 * nearest_Bn[:, -1]).clamp(min=0).sqrt()
+
+    def nearest(self, solution: Solution, lifted_BM: Tensor) -> tuple[Tensor, Tensor]:
+        """−½ ‖f − g‖² of the nearest rows, float32 (B, n), nearest first, and their places, int64 (B, n)."""
+        rows_ND, halves_N = solution["rows"], solution["halves"]
+        count = min(self.neighbours, len(rows_ND))
+        half_B1 = 0.5 * lifted_BM.square().sum(1, keepdim=True)
+        best_Bn, place_Bn = lifted_BM.new_empty(len(lifted_BM), 0), halves_N.new_empty(len(lifted_BM), 0).long()
+        for start in range(0, len(rows_ND), BLOCK):
+            stop = start + BLOCK
+            close_BN = lifted_BM @ rows_ND[start:stop].T - halves_N[start:stop] - half_B1
+            found_Bn, at_Bn = close_BN.topk(min(count, close_BN.shape[1]))
+            both_B, places_B = torch.cat([best_Bn, found_Bn], 1), torch.cat([place_Bn, at_Bn + start], 1)
+            best_Bn, order_Bn = both_B.topk(min(count, both_B.shape[1]))
+            place_Bn = places_B.gather(1, order_Bn)
+        return best_Bn, place_Bn
+
+
+class NeighboursHead(Part):
+    """Rows vote for those they are nearest to; brought up to date at the end of each experience in one pass over its rows.
+
+    It keeps features of rows, and gives up those of any row.
+    """
+
+    slot: ClassVar[Slot] = "head"
+    Settings: ClassVar[type[Spec]] = NeighboursSettings
+    objectives: ClassVar[tuple[Objective, ...]] = ("classification",)
+    needs_head: ClassVar[bool] = True
+    needs_steady_features: ClassVar[bool] = True
+    excludes: ClassVar[dict[str, str]] = EXCLUDES
+    settings: NeighboursSettings
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        own = self.settings
+        rule, held = Vote(own.neighbours, own.temperature), FeatureRows(own.per_class)
+        self.closed_form = ClosedForm(rule, Lift(normalize=own.normalize), held)
+
+    def attach(self, context: Context) -> None:
+        super().attach(context)
+        self.closed_form.attach(context, self.name)
+
+    def begin(self, context: Context, experience: Experience) -> None:
+        self.closed_form.begin(context, experience)
+
+    def end(self, context: Context, experience: Experience) -> None:
+        self.closed_form.end(context, experience)
+
+    def grow_to(self, classes: int, context: Context) -> None:
+        """Have at least ``classes`` outputs."""
+        self.closed_form.grow_to(classes, context)
+
+    def rows(self) -> Tensor:
+        return self.closed_form.rows()
+
+    def erase(self, rows: Tensor) -> int:
+        return self.closed_form.erase(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.closed_form.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.closed_form.load_state_dict(state, getattr(self, "context", None))
+
+    def nbytes(self) -> int:
+        """Bytes of what is kept; the scores look it up where it lies, but for half the squared length of each row."""
+        return tensor_bytes([self.closed_form.state_dict(), self.closed_form.module.solution().get("halves")])

@@ -1,0 +1,128 @@
+"""Nearest neighbours: the vote of its definition, the same rows kept in any order, any row given up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_closed_form import D, K, N, all_rows, counted, learn, model_of_inputs
+
+from continual.parts.context import TrainingContext
+from continual.parts.head import neighbours
+from continual.parts.head.closed_form import UNKNOWN, Familiar
+from continual.parts.head.neighbours import FLOOR, NeighboursHead
+from continual.state import tensor_bytes
+
+
+def slow(head: NeighboursHead, table: Any, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and familiarity row by row in float64, from all rows of ``table``."""
+    own = head.settings
+    rows, labels = counted(table)
+    if own.normalize:
+        rows, queries = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (rows, queries))
+    logits, familiar = [], []
+    for query in queries:
+        distance = np.array([np.linalg.norm(query - row) for row in rows])
+        near = np.argsort(distance)[: own.neighbours]
+        votes = np.exp(-(distance[near] ** 2 - distance[near].min() ** 2) / 2 / own.temperature)
+        shares = np.array([votes[labels[near] == k].sum() for k in range(K)]) / votes.sum()
+        logits.append(np.log(np.maximum(shares, FLOOR)))
+        familiar.append(-distance[near[-1]])
+    return np.array(logits), np.array(familiar)
+
+
+@pytest.mark.parametrize("block", [7, 2**17])
+@pytest.mark.parametrize(
+    "settings", [{}, {"neighbours": 3, "temperature": 0.5}, {"normalize": False}, {"neighbours": 1000}], ids=str
+)
+def test_equal_to_the_vote_written_out(settings: dict[str, Any], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "BLOCK", block)
+    head, table = NeighboursHead(**settings), all_rows()
+    training = learn(head, table, [150, 250])
+    queries = torch.randn(40, D, generator=torch.Generator().manual_seed(1)) * 3
+    module = training.model.head
+    assert isinstance(module, Familiar)
+    logits, familiar = slow(head, table, queries.double().numpy())
+    np.testing.assert_allclose(module(queries).exp().numpy(), np.exp(logits), atol=2e-3)
+    np.testing.assert_allclose(module.familiarity(queries).numpy(), familiar, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("per_class", [None, 5])
+def test_the_same_to_the_bit_in_any_order_and_division(per_class: int | None) -> None:
+    queries, table, found = torch.randn(50, D), all_rows(), []
+    for order, sizes in ((torch.arange(N), [N]), (torch.randperm(N), [1, 250, 149]), (torch.randperm(N), [399, 1])):
+        head = NeighboursHead(per_class=per_class)
+        training = learn(head, table.select(order), sizes)
+        found.append((head.rows(), training.model.head(queries), head.nbytes()))
+    for rows, logits, size in found[1:]:
+        assert torch.equal(rows, found[0][0]) and torch.equal(logits, found[0][1]) and size == found[0][2]
+    counts = torch.bincount(table.column("labels").clamp(min=-1) + 1)[1:]
+    assert len(found[0][0]) == (5 * K if per_class else int(counts.sum()))
+
+
+def test_rows_kept_of_a_class_are_a_fair_draw() -> None:
+    table, taken = all_rows(rows=4 * N), torch.zeros(4)
+    head = NeighboursHead(per_class=100)
+    learn(head, table, [4 * N])
+    for row in ((head.rows() - 5) // 3).tolist():
+        taken[row // N] += 1
+    assert taken.sum() == 500 and (taken > 90).all(), "each quarter of the rows has about a quarter of them"
+
+
+@pytest.mark.parametrize("per_class", [None, 30])
+def test_rows_that_are_erased_leave_no_trace(per_class: int | None) -> None:
+    table = all_rows()
+    head = NeighboursHead(per_class=per_class)
+    training = learn(head, table, [200, 200])
+    two = head.rows()[head.closed_form.held.labels_N == 2]
+    gone = torch.cat([two, head.rows()[:3]])
+    traces = [head.closed_form.held.features_ND[head.closed_form.held.rows_N == row].numpy().tobytes() for row in gone]
+    content = b"".join(each.numpy().tobytes() for each in head.state_dict().values() if isinstance(each, torch.Tensor))
+    assert all(trace in content for trace in traces), "the test can fail"
+    assert head.erase(gone) == len(gone) and head.erase(gone) == 0
+    kept = {**head.state_dict(), **training.model.head.solution()}
+    content = b"".join(each.contiguous().numpy().tobytes() for each in kept.values() if isinstance(each, torch.Tensor))
+    assert not any(trace in content for trace in traces) and not torch.isin(head.rows(), gone).any()
+    queries = torch.randn(20, D)
+    logits = training.model.head(queries)
+    assert logits.shape == (20, K) and (logits[:, 2] == UNKNOWN).all() and logits.softmax(1).isfinite().all()
+    again = NeighboursHead(per_class=per_class)
+    left = table.select((~torch.isin(table.column("row"), gone)).nonzero().flatten())
+    if per_class is None:
+        assert torch.equal(learn(again, left, [len(left)]).model.head(queries)[:, :2], logits[:, :2])
+
+
+def test_the_last_row_may_be_given_up_and_a_new_class_arrives_without_rows() -> None:
+    head = NeighboursHead()
+    training = learn(head, all_rows().select(torch.tensor([1])), [1])
+    head.grow_to(K + 3, training)
+    assert training.model.head(torch.randn(2, D)).shape == (2, K + 3)
+    assert head.erase(head.rows()) == 1
+    assert (training.model.head(torch.randn(2, D)) == UNKNOWN).all()
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_round_trip_of_the_state_to_the_bit(attached: bool) -> None:
+    head, again = NeighboursHead(per_class=40), NeighboursHead(per_class=40)
+    training = learn(head, all_rows(), [150, 150])
+    head.grow_to(K + 2, training)
+    if attached:
+        other = TrainingContext(model_of_inputs(), [again], seed=9)
+        again.load_state_dict(head.state_dict())
+    else:
+        again.load_state_dict(head.state_dict())
+        other = TrainingContext(model_of_inputs(), [again], seed=9)
+    queries = torch.randn(20, D)
+    assert torch.equal(training.model.head(queries), other.model.head(queries))
+    assert str(head.state_dict()) == str(again.state_dict()) and head.nbytes() == again.nbytes()
+    assert head.nbytes() == tensor_bytes(head.state_dict()) + 4 * len(head.rows()), "what is looked up is there once"
+
+
+def test_rows_without_ids_are_kept_and_cannot_be_found_again() -> None:
+    head = NeighboursHead()
+    learn(head, all_rows(), [10])
+    held, before = head.closed_form.held, len(head.rows())
+    held.add(torch.randn(2, D).double(), torch.tensor([0, -100]))
+    assert head.rows().tolist().count(-1) == 1 and len(head.rows()) == before + 1
