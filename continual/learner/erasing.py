@@ -53,6 +53,8 @@ class Erasing(Saving):
         self._check_erasable()
         rows = rows.to("cpu", torch.int64)
         found: dict[str, int] = {}
+        if self._context is not None:
+            self._context.features.release()
         with self.randomness.framework():
             for part in [] if self._context is None else self.parts:
                 found[part.name] = found.get(part.name, 0) + part.erase(rows)

@@ -277,7 +277,7 @@ class Learner(Erasing):
             tables, probes = self.monitor.tables(), self.monitor.probes
             with evaluating(self.model):
                 scores = score_tables(
-                    [*tables.values(), *probes.values()],
+                    self._measurable([*tables.values(), *probes.values()]),
                     self.answer,
                     context.active_at_test,
                     self.objective,
@@ -327,7 +327,14 @@ class Learner(Erasing):
                 self.device,
                 known,
                 self.evaluation_rows,
+                self._measurable,
             )
+
+    def _measurable(self, tables: list[Table]) -> list[Table]:
+        """The tables as they are measured: with features in the place of inputs where the backbone does not train."""
+        if self._engine is not None:
+            return tables
+        return self.context.features.of(tables, self.evaluation_rows, "tests")
 
     def _register_ahead(self, stream: Stream, indices: Iterable[int]) -> None:
         """Let the monitor see test sets that are not learnt yet, for forward transfer."""

@@ -17,6 +17,7 @@ from continual.learner.parallel import Parallel
 from continual.learner.processes import Processes
 from continual.monitor.evaluation import evaluating, score_tables
 from continual.parts.context import TrainingContext, not_finite
+from continual.parts.steady import training_mode
 from continual.streams.batching import training_batches
 from continual.streams.experience import Experience
 from continual.table import Batch, Table, TensorTable, View, to_device
@@ -89,7 +90,7 @@ class Trainer:
         if progress.done:
             return progress
         assert optimizer is not None
-        table = place(experience.train, context.device)
+        table = place(context.as_trained_on(experience.train), context.device)
         generator = context.randomness.generator("order")
         context.step, context.epoch = progress.step, progress.epoch
         if self._parallel is not None:
@@ -102,7 +103,7 @@ class Trainer:
             disable=None if self.show_progress is None else not self.show_progress,
             leave=False,
         )
-        context.model.train()
+        training_mode(context.model)
         try:
             while not progress.done:
                 if progress.batch == 0:
@@ -208,7 +209,7 @@ class Trainer:
         self._align()
         with evaluating(context.model):
             scores = score_tables(
-                [experience.valid],
+                context.features.of([experience.valid], self.evaluation_rows, "valid"),
                 context.forward,
                 context.active_at_test,
                 context.objective,

@@ -19,6 +19,9 @@ from continual.kinds import Objective
 from continual.models.output import Output
 from continual.table import Batch
 
+FEATURES = "features of a steady backbone"
+"""A column that a batch may have in the place of inputs; with its spaces it is nobody's own."""
+
 
 class Model(nn.Module):
     """A backbone and, where it gives features, a head.
@@ -67,7 +70,7 @@ class Model(nn.Module):
         self._pristine: list[nn.Parameter] = []
 
     def forward(self, batch: Batch) -> Output:
-        """Logits of a batch, and the features that they come from.
+        """Logits of a batch, and the features that they come from; features that a batch brings (:data:`FEATURES`) are taken.
 
         Raises:
             ModelError: no head has been attached to a backbone that gives features.
@@ -83,6 +86,8 @@ class Model(nn.Module):
         return Output(self.head(features_BD), features_BD)
 
     def _run(self, batch: Batch) -> Tensor:
+        if FEATURES in batch:
+            return batch[FEATURES]
         given: Tensor = self.backbone(batch) if self.router is None else self.router(self.backbone, batch)
         return given
 

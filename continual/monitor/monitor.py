@@ -166,6 +166,7 @@ class Monitor:
         device: torch.device,
         experiences: Iterable[int] | None = None,
         batch_size: int | None = None,
+        prepare: Callable[[list[Table]], list[Table]] | None = None,
     ) -> None:
         """Score the test sets and probes in one pass and record them; the model is in eval mode
         (:func:`~continual.monitor.evaluation.evaluating`).
@@ -175,6 +176,7 @@ class Monitor:
             forward, active, objective, device: as in :func:`~continual.monitor.evaluation.score_tables`.
             experiences: measure these test sets only, beside the probes; None for all.
             batch_size: rows of one forward pass; None for the monitor's own, or 256.
+            prepare: gives the tables that are scored in the place of these, row for row.
         """
         tests = self.tables()
         chosen = sorted(tests) if experiences is None else sorted(set(experiences) & set(tests))
@@ -182,6 +184,7 @@ class Monitor:
         tables = [tests[index] for index in chosen] + list(probes.values())
         if not tables:
             return
+        tables = tables if prepare is None else prepare(tables)
         found = score_tables(tables, forward, active, objective, device, batch_size or self.batch_size or 256)
         own = len(chosen)
         self.record(update, dict(zip(chosen, found, strict=False)), dict(zip(probes, found[own:], strict=True)))

@@ -30,6 +30,7 @@ from continual.models.output import Output
 from continual.objective import Competition, Criterion, active_classes, loss_rows
 from continual.parts.part import Part, check_criterion, overriding
 from continual.parts.passes import as_at_test
+from continual.parts.steady import SteadyFeatures
 from continual.randomness import Randomness
 from continual.streams.batching import evaluation_batches, training_batches
 from continual.streams.experience import Experience
@@ -76,6 +77,7 @@ class TrainingContext:
         self.device = device or (first.device if first is not None else torch.device("cpu"))
         self.randomness = randomness or Randomness(seed)
         self.autocast, self.batch_size = autocast, batch_size
+        self.features = SteadyFeatures(model, self.forward, self.device)
         self.experience: Experience | None = None
         self.experience_index, self.step, self.steps, self.epoch, self.current_rows = -1, 0, 0, 0, 0
         self.owner: list[int] = []
@@ -148,6 +150,17 @@ class TrainingContext:
         size = self.batch_size if gradients else max(self.batch_size, min(8 * self.batch_size, 256))
         for index_B in evaluation_batches(table.lengths, len(table), size):
             yield to_device(table[index_B], self.device)
+
+    def steady(self, table: Table) -> Table:
+        """The table with features in the place of inputs, where the backbone does not train; else the table itself."""
+        rows = max(self.batch_size, min(8 * self.batch_size, 256))
+        return self.features.of([table], rows, "training")[0]
+
+    def as_trained_on(self, table: Table) -> Table:
+        """The same for a table that is trained on, where no part may look at more than features: one that adds rows to a batch,
+        or one of the user's own."""
+        looks = bool(self._extend) or any(part.reference != part.kind for part in self.parts)
+        return table if looks else self.steady(table)
 
     def replace_parameter(self, old: nn.Parameter, new: nn.Parameter) -> None:
         """``new`` takes the place of ``old``; the optimiser's state of its first rows is kept, that of new rows is zero."""
@@ -265,6 +278,8 @@ class TrainingContext:
             part(self, self.experience)
         self._parameters = None
         self.sync_optimizer()
+        self.features.release("training")
+        self.features.release("valid")
 
     def shuffled(self, table: Table, batch_size: int) -> Iterator[Batch]:
         """One epoch of a table in random order, on the device."""

@@ -97,6 +97,12 @@ class Context(Protocol):
     def loss_rows(self, output: Output, batch: Batch) -> Tensor:
         """The objective's loss of each row, (B,), over the classes that compete in training."""
 
+    def steady(self, table: Table) -> Table:
+        """The table with features in the place of inputs, where the backbone does not train; else the table itself."""
+
+    def as_trained_on(self, table: Table) -> Table:
+        """The same for a table that is trained on."""
+
     def batches(
         self,
         table: Table,

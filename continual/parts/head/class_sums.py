@@ -203,7 +203,7 @@ def sweep(context: Context, table: Table, take: Callable[[Tensor, Batch], None])
     There are no gradients, and the model is in eval mode meanwhile.
     """
     with torch.no_grad(), as_at_test(context.model):
-        for batch in context.batches(table):
+        for batch in context.batches(context.steady(table)):
             features_BD = context.forward(batch).features
             assert features_BD is not None
             take(features_BD.double(), batch)

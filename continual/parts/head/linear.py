@@ -202,7 +202,9 @@ class LinearHead(Part):
         assert module is not None
         rows = _some_of_each(table.column("labels").cpu(), new, self.settings.init_rows, context)
         normalize = self.settings.normalize
-        sums_KD, counts_K = class_sums(context, table.select(rows), len(module.weight), normalize=normalize)
+        sums_KD, counts_K = class_sums(
+            context, context.as_trained_on(table).select(rows), len(module.weight), normalize=normalize
+        )
         new_k = torch.tensor(new, device=sums_KD.device)
         new_k = new_k[counts_K[new_k] > 0]
         mean_kD = sums_KD[new_k] / counts_K[new_k, None]
