@@ -4,8 +4,9 @@ A head on a frozen backbone, or on one that an adapter has settled in the first 
 epoch, in every pass of a part and in every measurement. They are made in one pass over the whole table, in eval mode, the
 same batches every time; so a run that is cut off and resumed has the same bits, though it makes them again.
 
-Kept are the tables asked for last, as long as the backbone's weights are untouched, up to :data:`BUDGET` bytes. Tables of a
-user's own class are left alone, since they may give another row each time (augmentation).
+Kept are the tables asked for last for each use, as long as the backbone's weights are what they were, up to :data:`BUDGET` bytes;
+what would be more is left as it is before anything is computed. Tables and models of a user's own class are left alone: they may
+give another row each time (augmentation), or do something else in ``forward``. The content of a table is taken to be fixed.
 
 Letters: B rows of a batch, N rows of a table, D features.
 """
@@ -36,7 +37,7 @@ from continual.table import (
 )
 
 BUDGET = 2**30
-"""Bytes of features that are kept of the tables of one call."""
+"""Bytes of features that are kept at most."""
 INPUTS = {"inputs", *TOKEN_COLUMNS} - {"labels"}
 """Columns that features take the place of."""
 
@@ -65,7 +66,7 @@ class SteadyFeatures:
     def __init__(self, model: nn.Module, forward: Callable[[Batch], Output], device: torch.device) -> None:
         self.model, self.forward, self.device = model, forward, device
         self._made: dict[str, dict[int, tuple[Table, Featured]]] = {}
-        self._of: tuple[tuple[int, int], ...] = ()
+        self._of: list[float] = []
 
     def release(self, use: str | None = None) -> None:
         """Let go of what was made for ``use``, or of everything."""
@@ -83,7 +84,7 @@ class SteadyFeatures:
         """
         if all(FEATURES in table.names for table in tables):
             return list(tables)
-        if not is_steady(self.model) or not all(_repeats(table) for table in tables):
+        if not is_steady(self.model):
             self._made.clear()
             return list(tables)
         now = _marks(self.model)
@@ -91,17 +92,21 @@ class SteadyFeatures:
             self._made.clear()
             self._of = now
         known = {key: one for made in self._made.values() for key, one in made.items()}
+        self._made.pop(use, None)
+        if not all(_repeats(table) for table in tables) or self._bytes(tables) > BUDGET:
+            return list(tables)
         kept: dict[int, tuple[Table, Featured]] = {}
-        size = 0
         for table in tables:
             if len(table):
                 kept[id(table)] = known[id(table)] if id(table) in known else (table, self._make(table, rows))
-                size += kept[id(table)][1].column(FEATURES).nbytes
-            if size > BUDGET:
-                self._made.pop(use, None)
-                return list(tables)
         self._made[use] = kept
         return [kept[id(table)][1] if len(table) else table for table in tables]
+
+    def _bytes(self, tables: Sequence[Table]) -> int:
+        """Bytes of the features that are kept for other uses, and of those of ``tables``, which may be wider than they are."""
+        width = getattr(self.model, "feature_size", None) or 0
+        held = sum(one.column(FEATURES).nbytes for made in self._made.values() for _, one in made.values())
+        return held + 4 * int(width) * sum(len(table) for table in tables)
 
     @torch.no_grad()
     def _make(self, table: Table, rows: int) -> Featured:
@@ -124,6 +129,8 @@ def is_steady(model: nn.Module) -> bool:
     """Whether the model's features are always the same: nothing below its head trains, and it has something to compute."""
     if not isinstance(model, Model) or not model.gives_features or model.head is None or model.router is not None:
         return False
+    if type(model).forward is not Model.forward or type(model)._run is not Model._run:
+        return False
     if getattr(model.head, "reads_inputs", False):
         return False
     weights = list(model.backbone.parameters())
@@ -139,17 +146,24 @@ def training_mode(model: nn.Module) -> None:
             model.backbone.eval()
 
 
-def _marks(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Where each tensor of the backbone lies, and how often it was written."""
+@torch.no_grad()
+def _marks(model: nn.Module) -> list[float]:
+    """Two sums of each tensor of the backbone, in float64. Counters of writes would not do: fused optimisers leave them be."""
     assert isinstance(model, Model)
-    tensors = [*model.backbone.parameters(), *model.backbone.buffers()]
-    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+    sums = []
+    for tensor in (*model.backbone.parameters(), *model.backbone.buffers()):
+        values = tensor if tensor.is_floating_point() else tensor.double()
+        sums += [values.sum(dtype=torch.float64), torch.linalg.vector_norm(values, dtype=torch.float64)]
+    found: list[float] = torch.stack([one.to(sums[0].device) for one in sums]).tolist()
+    return found
 
 
 def _repeats(table: Table) -> bool:
-    """Whether a table gives the same row every time, as those of this package do."""
-    if isinstance(table, View | Mapped):
-        return _repeats(table.base)
-    if isinstance(table, Concat):
+    """Whether a table gives the same row every time, as those of this package do, and its other columns are plain tensors."""
+    if type(table) in (View, Mapped):
+        return _repeats(table.base)  # type: ignore[attr-defined]
+    if type(table) is Concat:
         return all(map(_repeats, table.tables))
-    return type(table) in (TensorTable, ArrowTable)
+    if type(table) is TensorTable:
+        return all(isinstance(column, Tensor | list) for name, column in table.columns.items() if name not in INPUTS)
+    return type(table) is ArrowTable and table.pads.keys() <= INPUTS

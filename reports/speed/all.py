@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("learner", "monitor", "fisher", "ewc_step", "memory")
+SCRIPTS = ("learner", "monitor", "frozen", "fisher", "ewc_step", "memory")
 
 
 def main() -> None:

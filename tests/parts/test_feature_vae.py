@@ -142,19 +142,20 @@ def test_round_trip_of_the_state_to_the_bit_and_bytes() -> None:
     assert part.nbytes() == tensor_bytes(part.state_dict()) and part.rows().numel() == 0
 
 
-def test_an_experience_without_classes_changes_nothing_and_one_row_leaves_no_scale() -> None:
+@pytest.mark.parametrize("labels", [[-100, -100], [0, -100]])
+def test_of_fewer_than_two_rows_nothing_is_learnt_and_no_scale_is_taken(labels: list[int]) -> None:
     part = FeatureVAE(**SMALL)
     training = loop(part)
-    none = TensorTable({"inputs": torch.rand(2, D), "labels": torch.tensor([-100, -100]), "row": torch.tensor([7, 8])})
-    training.begin(Experience(0, "none", none, classes=()))
+    few = TensorTable({"inputs": torch.rand(2, D) + 9, "labels": torch.tensor(labels), "row": torch.tensor([7, 8])})
+    training.begin(Experience(0, "few", few, classes=(0,) if max(labels) == 0 else ()))
     training.end()
-    assert part.generator is None and part.known() == 0
-    single = FeatureVAE(**SMALL)
-    training = loop(single)
-    one = TensorTable({"inputs": torch.rand(1, D) + 1, "labels": torch.tensor([0]), "row": torch.tensor([7])})
-    training.begin(Experience(0, "one", one, classes=(0,)))
+    assert part.generator is None and part.known() == 0 and not part.scale.numel()
+    training.begin(experience(1, (1, 2)))
+    assert part.loss(few[torch.arange(1)], training.forward(few[torch.arange(1)])) is None
     training.end()
-    assert torch.equal(single.scale, torch.stack([torch.zeros(D), torch.ones(D)])) and single.known() == 1
+    rows, _ = rows_of((1, 2), 1)
+    torch.testing.assert_close(part.scale[0], rows.mean(0))
+    assert part.known() == 2
 
 
 @pytest.mark.parametrize(

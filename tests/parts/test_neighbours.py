@@ -7,13 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.special import logsumexp
 from test_closed_form import D, K, N, all_rows, counted, learn, model_of_inputs
 
+from continual.errors import StreamError, TrainingError
 from continual.parts.context import TrainingContext
 from continual.parts.head import neighbours
 from continual.parts.head.closed_form import UNKNOWN, Familiar
-from continual.parts.head.neighbours import FLOOR, NeighboursHead
+from continual.parts.head.neighbours import BEHIND, NeighboursHead
 from continual.state import tensor_bytes
+from continual.table import TensorTable
 
 
 def slow(head: NeighboursHead, table: Any, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -26,9 +29,16 @@ def slow(head: NeighboursHead, table: Any, queries: np.ndarray) -> tuple[np.ndar
     for query in queries:
         distance = np.array([np.linalg.norm(query - row) for row in rows])
         near = np.argsort(distance)[: own.neighbours]
-        votes = np.exp(-(distance[near] ** 2 - distance[near].min() ** 2) / 2 / own.temperature)
-        shares = np.array([votes[labels[near] == k].sum() for k in range(K)]) / votes.sum()
-        logits.append(np.log(np.maximum(shares, FLOOR)))
+        similar = -(distance**2) / 2 / own.temperature
+        total = logsumexp(similar[near])
+        logits.append(
+            [
+                logsumexp(similar[near][labels[near] == k]) - total
+                if (labels[near] == k).any()
+                else similar[labels == k].max() - total + np.log(BEHIND)
+                for k in range(K)
+            ]
+        )
         familiar.append(-distance[near[-1]])
     return np.array(logits), np.array(familiar)
 
@@ -45,7 +55,9 @@ def test_equal_to_the_vote_written_out(settings: dict[str, Any], block: int, mon
     module = training.model.head
     assert isinstance(module, Familiar)
     logits, familiar = slow(head, table, queries.double().numpy())
-    np.testing.assert_allclose(module(queries).exp().numpy(), np.exp(logits), atol=2e-3)
+    found = module(queries).numpy()
+    np.testing.assert_allclose(np.exp(found), np.exp(logits), atol=2e-3)
+    np.testing.assert_allclose(found, logits, rtol=1e-3, atol=5e-3)
     np.testing.assert_allclose(module.familiarity(queries).numpy(), familiar, rtol=1e-3, atol=1e-3)
 
 
@@ -117,7 +129,8 @@ def test_round_trip_of_the_state_to_the_bit(attached: bool) -> None:
     queries = torch.randn(20, D)
     assert torch.equal(training.model.head(queries), other.model.head(queries))
     assert str(head.state_dict()) == str(again.state_dict()) and head.nbytes() == again.nbytes()
-    assert head.nbytes() == tensor_bytes(head.state_dict()) + 4 * len(head.rows()), "what is looked up is there once"
+    own = 4 * len(head.rows()) + 8 * len(head.closed_form.held.first(K).counts_K)
+    assert head.nbytes() == tensor_bytes(head.state_dict()) + own, "what is looked up is there once"
 
 
 def test_rows_without_ids_are_kept_and_cannot_be_found_again() -> None:
@@ -126,3 +139,43 @@ def test_rows_without_ids_are_kept_and_cannot_be_found_again() -> None:
     held, before = head.closed_form.held, len(head.rows())
     held.add(torch.randn(2, D).double(), torch.tensor([0, -100]))
     assert head.rows().tolist().count(-1) == 1 and len(head.rows()) == before + 1
+
+
+def test_far_from_the_origin_nothing_is_lost() -> None:
+    near = all_rows()
+    far = TensorTable({**near.columns, "inputs": near.column("inputs") + 3000.0})
+    queries, found = torch.randn(60, D), []
+    for table, shift in ((near, 0.0), (far, 3000.0)):
+        head = NeighboursHead(normalize=False)
+        found.append(learn(head, table, [N]).model.head(queries + shift).exp())
+    torch.testing.assert_close(found[0], found[1], atol=0.02, rtol=0.02)
+
+
+def test_classes_without_a_neighbour_are_told_apart_by_their_nearest_row() -> None:
+    """As in the task scenario, where the neighbours may all be rows of other tasks."""
+    rows = torch.eye(D)[[0, 0, 0, 1, 2]] + 0.01 * torch.arange(5)[:, None]
+    table = TensorTable({"inputs": rows, "labels": torch.tensor([0, 0, 0, 1, 2]), "row": torch.arange(5)})
+    head = NeighboursHead(neighbours=2)
+    module = learn(head, table, [5]).model.head
+    query = torch.eye(D)[:1] + 0.3 * torch.eye(D)[2:3]
+    logits = module(query)[0]
+    assert logits[0] > logits[2] > logits[1] > UNKNOWN, "class 2 is nearer than class 1"
+
+
+def test_rows_are_chosen_by_their_ids_only_where_there_are_some() -> None:
+    head = NeighboursHead(per_class=2)
+    learn(head, all_rows(), [10])
+    with pytest.raises(StreamError, match="give them the column 'row', or set per_class: null"):
+        head.closed_form.held.add(torch.randn(1, D).double(), torch.tensor([0]))
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    head, table = NeighboursHead(), all_rows()
+    learn(head, table, [100])
+    before = head.rows()
+    inputs = table.column("inputs").clone()
+    inputs[120] = torch.nan
+    broken = TensorTable({**table.columns, "inputs": inputs})
+    with pytest.raises(TrainingError, match=r"the features of row 365 are not finite"):
+        learn(head, broken.select(torch.arange(100, 200)), [100])
+    assert torch.equal(head.rows(), before)

@@ -192,7 +192,7 @@ def check_steady(context: Context, name: str) -> None:
     """Raise :class:`CompositionError` when the backbone trains, for a part that has sums of its features already."""
     if backbone_trains(context):
         raise CompositionError(
-            f"{name} holds sums of the features of earlier rows, which no longer fit once the backbone trains on: set "
+            f"{name} keeps what it learnt of the features of earlier rows, which no longer fit once the backbone trains on: set "
             "backbone: frozen, or take adapter/lora with across_tasks: first."
         )
 

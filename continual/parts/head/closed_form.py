@@ -38,11 +38,11 @@ from continual.table import Batch, Table
 UNKNOWN = torch.finfo(torch.float32).min / 4
 """The score of a class without rows: finite, and far below all others."""
 EXCLUDES = {
-    "replay": "it has no gradients, and its sums hold every earlier row exactly, so nothing would learn from replayed "
+    "replay": "it has no gradients, and what it keeps of earlier rows stays exact, so nothing would learn from replayed "
     "ones: leave replay out, or take head/linear",
-    "penalty": "its sums cannot be forgotten and no parameter trains after the first experience, so there is nothing to "
+    "penalty": "what it keeps cannot be forgotten and no parameter trains after the first experience, so there is nothing to "
     "hold: leave the penalty out, or take head/linear",
-    "distillation": "its sums cannot be forgotten and no parameter trains after the first experience, so there is nothing "
+    "distillation": "what it keeps cannot be forgotten and no parameter trains after the first experience, so there is nothing "
     "to distil: leave distillation out, or take head/linear",
     "projection": "no parameter trains after the first experience, so there is no gradient to project: leave projection "
     "out, or take head/linear",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from continual.errors import StreamError, TrainingError
 from continual.parts.replay.select import row_keys
 
 
@@ -48,15 +49,37 @@ class FeatureRows:
 
     def add(self, features_BD: Tensor, labels_B: Tensor, rows_B: Tensor | None = None) -> None:
         """Add rows, (B, D) with labels and ids int64 (B,), and :meth:`close` after the last; those labelled -100 or beyond
-        the classes count for nothing, those without ids get -1 and cannot be found again."""
-        rows_B = torch.full_like(labels_B, -1) if rows_B is None else rows_B
+        the classes count for nothing, those without ids get -1 and cannot be found again.
+
+        Raises:
+            StreamError: rows without ids where ``per_class`` chooses by them.
+        """
+        if rows_B is None:
+            if self.per_class is not None:
+                raise StreamError(
+                    "which rows of a class are kept follows from their ids, and these rows have none: give them the column 'row', "
+                    "or set per_class: null."
+                )
+            rows_B = torch.full_like(labels_B, -1)
         counted_B = (labels_B >= 0) & (labels_B < len(self.counts_K))
         self._added.append((features_BD[counted_B].float(), labels_B[counted_B], rows_B[counted_B]))
 
     def close(self) -> None:
-        """Put the rows added in their places, and let go of those that are too many."""
+        """Put the rows added in their places, and let go of those that are too many.
+
+        Raises:
+            TrainingError: features that are not finite; none of the rows added is kept then.
+        """
         if not self._added:
             return
+        for features_BD, _, rows_B in self._added:
+            fine_B = features_BD.isfinite().all(1)
+            if not bool(fine_B.all()):
+                self._added = []
+                raise TrainingError(
+                    f"the features of row {int(rows_B[~fine_B][0])} are not finite, and would be the nearest to every other: "
+                    "look at the row, or take another base."
+                )
         held = [(self.features_ND, self.labels_N, self.rows_N), *self._added]
         features_ND, labels_N, rows_N = (torch.cat(column) for column in zip(*held, strict=True))
         self._added = []

@@ -5,7 +5,9 @@ Source: the weighted vote of Wu et al. 2018, "Unsupervised Feature Learning via 
 
     logits_k = log of the share of class k in Σ exp(s_i / τ) over the ``neighbours`` rows with the largest s_i
 
-so that the softmax of the logits is the vote. Familiarity is the negative distance to the last of these rows (Sun et al.
+so that the softmax of the logits is the vote. A class without a neighbour has the share that its nearest row would have, times
+:data:`BEHIND`: it stays below all others, and in the task scenario the classes of a row's own task are told apart also where none
+of its neighbours is one of theirs. Familiarity is the negative distance to the last of these rows (Sun et al.
 2022, "Out-of-Distribution Detection with Deep Nearest Neighbors", arXiv 2204.06507).
 
 It keeps the features, labels and ids of rows, no text and no pixels, though features tell of those. ``per_class`` bounds
@@ -16,15 +18,17 @@ Letters: B rows, N rows kept, D features, K classes, n neighbours.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
+from torch.nn import functional as F
 
 from continual.kinds import Objective
-from continual.parts.head.closed_form import EXCLUDES, ClosedForm, Solution
+from continual.parts.head.closed_form import EXCLUDES, UNKNOWN, ClosedForm, Solution
 from continual.parts.head.feature_rows import FeatureRows
 from continual.parts.head.lift import Lift
 from continual.parts.part import Context, Part, Slot
@@ -34,8 +38,8 @@ from continual.streams.experience import Experience
 
 BLOCK = 2**17
 """Rows compared at once."""
-FLOOR = 1e-12
-"""The share of a class without a neighbour, which has to be finite in the logarithm."""
+BEHIND = 1e-12
+"""What is left of the share of a class without a neighbour."""
 
 
 class NeighboursSettings(Spec):
@@ -58,41 +62,52 @@ class NeighboursSettings(Spec):
 @dataclass(frozen=True)
 class Vote:
     """The rule; its solution has ``rows`` float32 (N, D), ``halves`` float32 (N,), ½ ‖g‖², ``labels`` int64 (N,) and
-    ``counts`` int64 (K,)."""
+    ``counts`` int64 (K,). Where it must ``center``, a ``centre`` float32 (D,) is taken from rows and queries, since far from the
+    origin float32 would lose the differences."""
 
     neighbours: int
     temperature: float
+    center: bool = False
 
     def solve(self, held: FeatureRows) -> Solution:
-        features_ND = held.features_ND
+        features_ND, more = held.features_ND, {}
+        if self.center:
+            more = {"centre": features_ND.mean(0, dtype=torch.float64).float()}
+            features_ND = features_ND - more["centre"]
         halves_N = 0.5 * features_ND.square().sum(1)
-        return {"rows": features_ND, "halves": halves_N, "labels": held.labels_N, "counts": held.counts_K}
+        return {"rows": features_ND, "halves": halves_N, "labels": held.labels_N, "counts": held.counts_K, **more}
 
     def scores(self, solution: Solution, lifted_BM: Tensor) -> Tensor:
-        nearest_Bn, place_Bn = self.nearest(solution, lifted_BM)
-        weight_Bn = (nearest_Bn / self.temperature).softmax(1)
-        share_BK = weight_Bn.new_zeros(len(weight_Bn), len(solution["counts"]))
-        share_BK.scatter_add_(1, solution["labels"][place_Bn], weight_Bn)
-        return share_BK.clamp(min=FLOOR).log()
+        nearest_Bn, place_Bn, best_BK = self.nearest(solution, lifted_BM)
+        vote_Bn = nearest_Bn / self.temperature
+        total_B1 = vote_Bn.logsumexp(1, keepdim=True)
+        voted_BnK = F.one_hot(solution["labels"][place_Bn], len(solution["counts"])).bool()
+        share_BK = vote_Bn[:, :, None].where(voted_BnK, -torch.inf).logsumexp(1) - total_B1
+        behind_BK = best_BK / self.temperature - total_B1 + math.log(BEHIND)
+        return torch.where(voted_BnK.any(1), share_BK, behind_BK).clamp(min=UNKNOWN / 2)
 
     def familiarity(self, solution: Solution, lifted_BM: Tensor, best_B: Tensor) -> Tensor:
-        nearest_Bn, _ = self.nearest(solution, lifted_BM)
+        nearest_Bn, _, _ = self.nearest(solution, lifted_BM)
         return -(-2 * nearest_Bn[:, -1]).clamp(min=0).sqrt()
 
-    def nearest(self, solution: Solution, lifted_BM: Tensor) -> tuple[Tensor, Tensor]:
-        """−½ ‖f − g‖² of the nearest rows, float32 (B, n), nearest first, and their places, int64 (B, n)."""
-        rows_ND, halves_N = solution["rows"], solution["halves"]
+    def nearest(self, solution: Solution, lifted_BM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """−½ ‖f − g‖² of the nearest rows, float32 (B, n), nearest first; their places, int64 (B, n); and the same of the nearest
+        row of each class, float32 (B, K), −∞ without one."""
+        rows_ND, halves_N, labels_N = solution["rows"], solution["halves"], solution["labels"]
+        lifted_BM = lifted_BM - solution["centre"] if self.center else lifted_BM
+        best_BK = lifted_BM.new_full((len(lifted_BM), len(solution["counts"])), -torch.inf)
         count = min(self.neighbours, len(rows_ND))
         half_B1 = 0.5 * lifted_BM.square().sum(1, keepdim=True)
         best_Bn, place_Bn = lifted_BM.new_empty(len(lifted_BM), 0), halves_N.new_empty(len(lifted_BM), 0).long()
         for start in range(0, len(rows_ND), BLOCK):
             stop = start + BLOCK
             close_BN = lifted_BM @ rows_ND[start:stop].T - halves_N[start:stop] - half_B1
+            best_BK.scatter_reduce_(1, labels_N[start:stop].expand_as(close_BN), close_BN, "amax")
             found_Bn, at_Bn = close_BN.topk(min(count, close_BN.shape[1]))
             both_B, places_B = torch.cat([best_Bn, found_Bn], 1), torch.cat([place_Bn, at_Bn + start], 1)
             best_Bn, order_Bn = both_B.topk(min(count, both_B.shape[1]))
             place_Bn = places_B.gather(1, order_Bn)
-        return best_Bn, place_Bn
+        return best_Bn, place_Bn, best_BK
 
 
 class NeighboursHead(Part):
@@ -112,7 +127,7 @@ class NeighboursHead(Part):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         own = self.settings
-        rule, held = Vote(own.neighbours, own.temperature), FeatureRows(own.per_class)
+        rule, held = Vote(own.neighbours, own.temperature, center=not own.normalize), FeatureRows(own.per_class)
         self.closed_form = ClosedForm(rule, Lift(normalize=own.normalize), held)
 
     def attach(self, context: Context) -> None:
@@ -142,5 +157,7 @@ class NeighboursHead(Part):
         self.closed_form.load_state_dict(state, getattr(self, "context", None))
 
     def nbytes(self) -> int:
-        """Bytes of what is kept; the scores look it up where it lies, but for half the squared length of each row."""
-        return tensor_bytes([self.closed_form.state_dict(), self.closed_form.module.solution().get("halves")])
+        """Bytes of what is kept, where the scores look it up, and of what they need beside it."""
+        solution = self.closed_form.module.solution()
+        shared = {"labels", "rows"} if self.settings.normalize else {"labels"}
+        return tensor_bytes([self.closed_form.state_dict(), {k: v for k, v in solution.items() if k not in shared}])

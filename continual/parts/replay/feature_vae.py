@@ -110,11 +110,13 @@ class FeatureVAE(DrawnFeatures):
     def end(self, context: Context, experience: Experience) -> None:
         """Train the generator, and see how good it is; features of all rows of the experience are in memory meanwhile.
 
+        Of a single row nothing is learnt while there is no scale.
+
         Raises:
             TrainingError: weights that are not finite.
         """
         features_ND, labels_N = self._gathered(context, experience)
-        if not len(labels_N):
+        if not self.scale.shape[1] or not len(labels_N):
             return
         learning = self._trained(context, features_ND, labels_N, f"experience '{experience.name}'")
         classes: list[int] = torch.unique(labels_N).tolist()
@@ -186,11 +188,12 @@ class FeatureVAE(DrawnFeatures):
         width = features_model(context, self.name).feature_size
         assert width is not None
         features_ND = torch.cat([torch.zeros(0, width, device=context.device), *found])
-        if not self.scale.shape[1]:
+        labels_N = torch.cat([torch.zeros(0, dtype=torch.int64, device=context.device), *labels])
+        if not self.scale.shape[1] and len(features_ND) > 1:
             self.scale = _scale(features_ND)
-        return (features_ND - self.scale[0]) / self.scale[1], torch.cat(
-            [torch.zeros(0).long().to(context.device), *labels]
-        )
+        if self.scale.shape[1]:
+            features_ND = (features_ND - self.scale[0]) / self.scale[1]
+        return features_ND, labels_N
 
     def _trained(self, context: Context, features_ND: Tensor, labels_N: Tensor, what: str) -> ConditionalVAE:
         own, cycle, old = self.settings, Cycle(), self.generator
@@ -244,10 +247,7 @@ class FeatureVAE(DrawnFeatures):
 
 
 def _scale(features_ND: Tensor) -> Tensor:
-    """Mean of each feature and the deviation of all about theirs, float32 (2, D); 0 and 1 of fewer than two rows, which they
-    would be."""
-    if len(features_ND) < 2:
-        return torch.stack([features_ND.new_zeros(features_ND.shape[1]), features_ND.new_ones(features_ND.shape[1])])
+    """Mean of each feature and the deviation of all about theirs, float32 (2, D), of two rows or more."""
     variance_D, mean_D = torch.var_mean(features_ND, 0)
     deviation = variance_D.mean().sqrt()
     return torch.stack([mean_D, torch.where(deviation > 0, deviation, 1.0).expand_as(mean_D)])
