@@ -90,12 +90,12 @@ class Trainer:
         if progress.done:
             return progress
         assert optimizer is not None
+        started, before = time.perf_counter(), progress.seconds
         table = place(context.as_trained_on(experience.train), context.device)
         generator = context.randomness.generator("order")
         context.step, context.epoch = progress.step, progress.epoch
         if self._parallel is not None:
             self._parallel.begin(experience.train, (progress.epoch, progress.batch, progress.step))
-        started, before = time.perf_counter(), progress.seconds
         bar = tqdm(
             total=context.steps,
             initial=progress.step,

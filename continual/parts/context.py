@@ -143,8 +143,10 @@ class TrainingContext:
     ) -> Iterator[Batch]:
         """The rows of a table on the device, once each, similar lengths together; ``limit`` draws so many of them.
 
-        Passes with ``gradients`` have as many rows as those of the training, others eight times as many, 256 at most.
+        Passes with ``gradients`` have as many rows as those of the training, others eight times as many, 256 at most; and they
+        read what the training reads (:meth:`as_trained_on`).
         """
+        table = self.as_trained_on(table) if gradients else table
         if limit is not None and limit < len(table):
             table = table.select(torch.randperm(len(table), generator=generator)[:limit].sort().values)
         size = self.batch_size if gradients else max(self.batch_size, min(8 * self.batch_size, 256))
