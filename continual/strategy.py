@@ -111,6 +111,9 @@ class Strategy:
             where = str(path) if Path(what).suffix else f"strategy '{name}'"
         for key, value in (overrides or {}).items():
             _set(content, key, value, where)
+        if overrides:
+            changed = ", ".join(f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items())
+            content["summary"] = f"{content.get('summary', '')} Set: {changed}.".lstrip()
         return cls._from_content(content, name, where)
 
     @classmethod

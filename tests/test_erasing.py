@@ -372,3 +372,14 @@ def saved_parts(learner: Learner, place: Path) -> bytes:
 
     save_state(place, {part.name: part.state_dict() for part in learner.parts})
     return (place / "tensors.safetensors").read_bytes()
+
+
+def test_ids_may_be_a_list_and_what_is_none_is_refused_in_a_sentence() -> None:
+    given = experiences()
+    learner = learnt("rehearsal", given)
+    ids = learner.parts[0].rows() if learner.parts[0].slot == "replay" else learner.parts[-1].rows()
+    assert len(ids) and sum(learner.erase(ids[:3].tolist()).values()) >= 3
+    assert not any(learner.erase([]).values())
+    for wrong in (["a"], [[1], [1, 2]], [1.5], None, [10**40]):
+        with pytest.raises(StreamError, match="rows to be erased were given as"):
+            learner.erase(wrong)  # type: ignore[arg-type]

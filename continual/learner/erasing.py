@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from continual.errors import StateError, StreamError
+from continual.errors import StateError, StreamError, shown
 from continual.learner.saving import Saving
 from continual.owned import owned
 from continual.table import Table
@@ -17,7 +19,7 @@ TESTS, PAST, LEDGER = "test sets", "past", "ledger"
 class Erasing(Saving):
     """Adds :meth:`erase`."""
 
-    def erase(self, rows: Tensor) -> dict[str, int]:
+    def erase(self, rows: Tensor | Sequence[int]) -> dict[str, int]:
         """Give up the rows with these ids, wherever they are held: content, ids, scores, and what they can be computed from.
 
         They leave every part (a memory's places are overwritten with zeros; means of exemplars are taken anew; a class sum or
@@ -35,7 +37,7 @@ class Erasing(Saving):
         what is left of it, and no longer asks whether it is the same stream, but for its classes.
 
         Args:
-            rows: int64 (N,), on any device; ids that nobody holds count for nothing.
+            rows: int64 (N,), on any device, or a list of numbers; ids that nobody holds count for nothing.
 
         Returns:
             How many rows each place gave up: every part by name, ``test sets``, ``past``, ``ledger``. A row may have been in
@@ -45,6 +47,14 @@ class Erasing(Saving):
             StreamError: these are no ids.
             StateError: an update is under way or broke off in the middle, or an engine trained, whose memory is its own.
         """
+        try:
+            rows = torch.as_tensor(rows)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise StreamError(
+                f"rows to be erased were given as {shown(rows)}: give their ids, whole numbers in one dimension, as the column 'row' "
+                "has them."
+            ) from error
+        rows = rows.to(torch.int64) if not rows.numel() else rows
         if rows.dim() != 1 or rows.dtype == torch.bool or rows.is_floating_point() or rows.is_complex():
             raise StreamError(
                 f"rows to be erased were given as {tuple(rows.shape)} {rows.dtype}: give their ids, whole numbers in one "

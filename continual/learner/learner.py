@@ -19,6 +19,7 @@ from continual.learner.optimizer import load_optimizers, make_optimizer
 from continual.learner.result import result_of
 from continual.learner.trainer import Progress, Trainer
 from continual.learner.update import Run, Update
+from continual.monitor.advice import EXACT
 from continual.monitor.evaluation import evaluating, score_tables
 from continual.parts.head.closed_form import Familiar
 from continual.parts.part import Part
@@ -230,7 +231,9 @@ class Learner(Erasing):
             if self.folder is not None and self._engine is None:
                 self._checkpoint(None)
             self._failed = None
-        slots = sorted({part.slot for part in self.parts}) if self._engine is None else None
+        slots: list[str] | None = sorted({part.slot for part in self.parts}) if self._engine is None else None
+        if slots is not None and any(part.slot == "head" and "replay" in part.excludes for part in self.parts):
+            slots.append(EXACT)
         measured = tree and self.monitor is not None and self.monitor.measured
         retention = self.monitor.latest(hint=slots, name=experience.name) if measured and self.monitor else None
         update = Update(

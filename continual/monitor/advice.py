@@ -10,6 +10,8 @@ from continual.kinds import Objective
 
 PRACTICAL = 100
 """More test rows than so many times those at hand are asked of nobody."""
+EXACT = "exact head"
+"""Among the slots: a head that replay cannot help, since it keeps what it learnt."""
 PLASTIC = 0.8
 """A new experience below this share of what earlier ones reached was learnt too little."""
 
@@ -41,7 +43,7 @@ def advise(lines: Sequence[Line], objective: Objective, slots: Collection[str] |
     Args:
         lines: of the tree.
         objective: only accuracies of different experiences are compared with each other.
-        slots: kinds of parts in use (``replay``, ``penalty``, ...), None where not known.
+        slots: kinds of parts in use (``replay``, ``penalty``, ..., :data:`EXACT`), None where not known.
     """
     forgotten = _worst(lines, "forgotten")
     if forgotten is not None:
@@ -82,6 +84,11 @@ def _size(line: Line, objective: Objective) -> str:
 def _remedy(line: Line, slots: Collection[str] | None) -> str:
     if line.probe:
         return "lower the learning rate, train fewer weights (an adapter), or replay rows like those of the probe"
+    if slots is not None and EXACT in slots:
+        return (
+            "the head keeps what it learnt of these rows, so they were erased, or given to classes that came later: look at which, "
+            "or take other features"
+        )
     if slots is None:
         return "replay some of its rows, or more of them where replay is in use"
     if "replay" not in slots:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from continual.kinds import Objective
-from continual.monitor.advice import advise
+from continual.monitor.advice import PRACTICAL, advise
 from continual.monitor.gate import paired_drop
 from continual.monitor.metrics import defined
 from continual.monitor.statistics import smallest_detectable_drop
@@ -193,7 +193,7 @@ def _cells(line: Kept, objective: Objective) -> tuple[str, str, str, str, str]:
         size = line.smallest_detectable_drop
         word += f" (smallest detectable drop {f'{100 * size:.1f} pts' if points else _number(size)})"
     if line.status == "cannot tell":
-        word += f" ({line.rows} rows" + (f", about {line.rows_needed} needed)" if line.rows_needed else ")")
+        word += f" ({line.rows} rows{_wanted(line)})"
     name = f"probe {line.name}" if line.probe else line.name
     return name, _number(line.before), _number(line.after), change, word
 
@@ -219,3 +219,11 @@ def _change(value: float, points: bool) -> str:
 
 def _mean(scores_N: NDArray[np.float32]) -> float | None:
     return defined(float(scores_N.mean(dtype=np.float64))) if len(scores_N) else None
+
+
+def _wanted(line: Kept) -> str:
+    if not line.rows_needed:
+        return ""
+    return (
+        ", too near the tolerance" if line.rows_needed > PRACTICAL * line.rows else f", about {line.rows_needed} needed"
+    )

@@ -16,12 +16,15 @@ from continual.report.significance import csv_significance
 def write_tables(results: Sequence[Result], folder: Path, name: str = "report") -> list[Path]:
     """Write ``results.csv``, ``significance.csv`` and ``<name>.tex`` into ``folder``; returns their paths.
 
+    Beside a page of another name than ``report``, that name stands before those of the CSV files too.
+
     Raises:
         StateError: a file cannot be written, the scores of a run are damaged, or the results cannot stand in one table.
     """
+    before = "" if name == "report" else f"{name}-"
     texts = {
-        "results.csv": csv_table(results),
-        "significance.csv": csv_significance(aggregate(results)),
+        f"{before}results.csv": csv_table(results),
+        f"{before}significance.csv": csv_significance(aggregate(results)),
         f"{name}.tex": latex_tables(results),
     }
     for file, text in texts.items():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from continual.errors import StateError, StreamError
 from continual.models.output import Output
+from continual.monitor.advice import EXACT
 from continual.monitor.bootstrap import Resampled, bootstrap
 from continual.monitor.evaluation import evaluating
 from continual.monitor.gate import gate
@@ -509,3 +510,16 @@ def test_scores_and_pairs_by_name() -> None:
     }
     assert list(monitor.scores()) == ["q1", "q2", "q3"] and monitor.right_or_wrong == ACCURACY
     assert set(monitor.pairs(before=1, score=ACCURACY)) == {"q1", "q2"} and monitor.pairs(score="exact match") == {}
+
+
+def test_a_head_that_keeps_what_it_learnt_is_not_told_to_replay() -> None:
+    monitor = Monitor()
+    table = TensorTable({"row": torch.arange(400), "labels": torch.zeros(400)})
+    monitor.register(0, "q1", table)
+    monitor.record(0, {0: {"accuracy": torch.ones(400)}})
+    monitor.register(1, "q2", TensorTable({"row": torch.arange(400) + 400, "labels": torch.zeros(400)}))
+    monitor.record(1, {0: {"accuracy": torch.zeros(400)}, 1: {"accuracy": torch.ones(400)}})
+    assert "add replay" in str(monitor.latest(hint=["head"])) and "add replay" not in str(
+        monitor.latest(hint=["head", EXACT])
+    )
+    assert "given to classes that came later" in str(monitor.latest(hint=["head", EXACT]))

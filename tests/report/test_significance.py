@@ -310,4 +310,4 @@ def test_the_tables_beside_a_page(study: Any, tmp_path: Path) -> None:
     for more in ([], ["--tables"]):
         done = continual("report", str(tmp_path / "digits"), "-o", str(tmp_path / "o" / "p.html"), *more)
         assert done.returncode == 0, done.stderr
-        assert (tmp_path / "o" / "p.tex").is_file() == bool(more) == (tmp_path / "o" / "significance.csv").is_file()
+        assert (tmp_path / "o" / "p.tex").is_file() == bool(more) == (tmp_path / "o" / "p-significance.csv").is_file()

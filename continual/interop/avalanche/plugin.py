@@ -29,7 +29,7 @@ from avalanche.models.utils import avalanche_forward
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
-from continual.errors import CompositionError, quoted
+from continual.errors import CompositionError, quoted, shown
 from continual.kinds import Objective, Scenario
 from continual.models.output import Output
 from continual.parts.context import TrainingContext
@@ -192,6 +192,10 @@ def make_plugin(parts: Sequence[Part], *, seed: int, scenario: Scenario, objecti
     if not parts:
         raise CompositionError("as_plugin() was given no part: name one, such as EWC(strength=10.0).")
     for part in parts:
+        if not isinstance(part, Part):
+            raise CompositionError(
+                f"as_plugin() takes parts one by one, as in as_plugin(EWC(strength=10.0), Rehearsal()), and was given {shown(part)}."
+            )
         if part.slot not in (*ALLOWED, "replay") or (part.slot == "replay" and not isinstance(part, Rehearsal)):
             raise CompositionError(
                 f"{part.name} cannot be a plugin of Avalanche: take a part of the slots {quoted(ALLOWED)}, or replay/rehearsal."
