@@ -33,7 +33,7 @@ STREAM: dict[str, Any] = {
     "scenario": "class",
     "model": MODEL,
 }
-REPEATS = 3
+REPEATS = 2
 TARGET = 1.25
 
 
