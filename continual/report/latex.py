@@ -26,7 +26,8 @@ def latex_tables(results: Sequence[Result]) -> str:
     """A ``table`` for each stream, best first: mean ± half of the 95 % interval over seeds.
 
     The best final score is bold; those that are not significantly lower are underlined; what could not be tested against
-    it bears a dagger. Needs the package booktabs.
+    it bears a dagger; what is lower on the rows of these seeds, too few to speak of others, a double one. Needs the package
+    booktabs.
     """
     tables = [_table(stream) for stream in aggregate(results)]
     return "% needs \\usepackage{booktabs}\n\n" + "\n\n".join(tables) + ("\n" if tables else "")
@@ -70,6 +71,8 @@ def _caption(stream: StreamSummary, best: StrategySummary | None, comparisons: d
             parts.append(
                 f"Underlined: not significantly different from the best ({', or '.join(used)}, Holm, {level} over all pairs)."
             )
+        if any(one.verdict == "different" and one.over == "rows" for one in comparisons.values()):
+            parts.append(r"$\ddagger$: lower on the test rows of these seeds, which are too few to speak of others.")
         if any(one.verdict == "not testable" for one in comparisons.values()):
             needed = max((one.t_seeds_needed or 0 for one in comparisons.values()), default=0)
             more = f"; it takes {needed} seeds" if needed else ""
@@ -83,7 +86,8 @@ def _marked(cell: str, one: StrategySummary, best: StrategySummary | None, compa
     found = comparisons.get(one.strategy)
     if found is None or one.bound:
         return cell
-    marks = {"not told apart": rf"\underline{{{cell}}}", "not testable": rf"{cell}$^\dagger$", "different": cell}
+    lower = cell if found.over == "seeds" else rf"{cell}$^\ddagger$"
+    marks = {"not told apart": rf"\underline{{{cell}}}", "not testable": rf"{cell}$^\dagger$", "different": lower}
     return marks[found.verdict]
 
 

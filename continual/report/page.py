@@ -187,6 +187,7 @@ def _beside(scale: Scale, one: Comparison, best: StrategySummary) -> dict[str, s
     difference, low, high = values if first else (values[0], values[2], values[1])
     interval = "" if low is None or high is None else f"{scale.text(low, sign=True)} to {scale.text(high, sign=True)}"
     needed = f"not testable: {one.seeds} of {one.t_seeds_needed} seeds" if one.t_seeds_needed else "not testable"
+    over = {"seeds": ", over seeds", "rows": ", over rows of these seeds"}
     verdicts = {"different": "yes", "not told apart": "no", "not testable": "not testable"}
     return {
         "name": one.other if first else one.one,
@@ -194,7 +195,7 @@ def _beside(scale: Scale, one: Comparison, best: StrategySummary) -> dict[str, s
         "interval": interval,
         "seeds": numbers.probability(one.t_holm) if one.t_holm is not None else needed,
         "rows": numbers.probability(one.rows_holm),
-        "verdict": verdicts[one.verdict] + (f", over {one.over}" if one.over else ""),
+        "verdict": verdicts[one.verdict] + (over[one.over] if one.over else ""),
     }
 
 

@@ -205,7 +205,9 @@ def test_too_few_seeds_and_missing_scores(study: Any) -> None:
     assert float(lines[0]["difference"]) == found[lines[0]["one"], lines[0]["other"]].difference
     assert {line["verdict"] for line in lines} == {"different", "not testable"}
     page = render_page([run for one in stream.strategies for run in one.runs], "t")
-    assert "not testable: 2 of 3 seeds" in page and "yes, over rows" in page
+    assert "not testable: 2 of 3 seeds" in page and "yes, over rows of these seeds" in page
+    text = latex_tables([run for one in stream.strategies for run in one.runs])
+    assert r"$^\ddagger$" in text and "too few to speak of others" in text
 
 
 def test_other_test_rows_are_not_compared(study: Any) -> None:
