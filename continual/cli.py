@@ -141,7 +141,10 @@ def report_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option("--title", help="Its title.")] = "What is still known",
     tables: Annotated[
-        bool, typer.Option("--tables", help="Also results.csv, significance.csv and a LaTeX table beside the page.")
+        bool,
+        typer.Option(
+            "--tables", help="Also results.csv, significance.csv and a LaTeX table beside the page, named as it is."
+        ),
     ] = False,
 ) -> None:
     """Write one self-contained page about runs, and print their table."""

@@ -26,7 +26,7 @@ from continual.learner.core import resolve_device
 from continual.learner.processes import Processes
 from continual.models.build import base_on_disk, gives_features
 from continual.models.spec import parse_model_spec
-from continual.strategy import Strategy
+from continual.strategy import Strategy, written
 from continual.streams.spec import read_stream_spec
 from continual.streams.stream import Stream
 from continual.suitability import unsuited
@@ -131,10 +131,7 @@ def run_cell(
 
 def _with_overrides(name: str, overrides: Mapping[str, Any]) -> str:
     """``rehearsal[training.epochs=3]``: what reports call a strategy of which settings were changed."""
-    pairs = [
-        f"{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
-        for key, value in overrides.items()
-    ]
+    pairs = written(overrides)
     return f"{name}[{','.join(pairs)}]" if pairs else name
 
 

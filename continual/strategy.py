@@ -112,8 +112,7 @@ class Strategy:
         for key, value in (overrides or {}).items():
             _set(content, key, value, where)
         if overrides:
-            changed = ", ".join(f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items())
-            content["summary"] = f"{content.get('summary', '')} Set: {changed}.".lstrip()
+            content["summary"] = f"{content.get('summary', '')} Set: {', '.join(written(overrides))}.".lstrip()
         return cls._from_content(content, name, where)
 
     @classmethod
@@ -275,6 +274,14 @@ def _engine(settings: dict[str, Any], where: str) -> Engine:
     own = {key: value for key, value in settings.items() if key != "kind" or ":" not in str(value)}
     parse(found.Settings, own, f"{where}, engine")
     return found(**own)
+
+
+def written(overrides: Mapping[str, Any]) -> list[str]:
+    """Each as ``training.epochs=3``."""
+    return [
+        f"{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
+        for key, value in overrides.items()
+    ]
 
 
 def _set(content: dict[str, Any], key: str, value: Any, where: str) -> None:

@@ -92,6 +92,11 @@ class Model(nn.Module):
         return given
 
     @property
+    def backbone_trains(self) -> bool:
+        """Whether some parameter of the backbone trains now."""
+        return any(parameter.requires_grad for parameter in self.backbone.parameters())
+
+    @property
     def transformer(self) -> nn.Module:
         """What adapters wrap: the Hugging Face model or the user's module inside the backbone, else the backbone."""
         holds = getattr(self.backbone, "holds", None)

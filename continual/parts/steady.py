@@ -133,17 +133,14 @@ def is_steady(model: nn.Module) -> bool:
         return False
     if getattr(model.head, "reads_inputs", False):
         return False
-    weights = list(model.backbone.parameters())
-    return bool(weights) and not any(weight.requires_grad for weight in weights)
+    return next(model.backbone.parameters(), None) is not None and not model.backbone_trains
 
 
 def training_mode(model: nn.Module) -> None:
     """Training mode, but for a backbone that does not train: nothing is dropped there and no running mean moves."""
     model.train()
-    if isinstance(model, Model) and model.gives_features:
-        weights = list(model.backbone.parameters())
-        if weights and not any(weight.requires_grad for weight in weights):
-            model.backbone.eval()
+    if isinstance(model, Model) and model.gives_features and not model.backbone_trains:
+        model.backbone.eval()
 
 
 @torch.no_grad()

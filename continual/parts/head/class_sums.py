@@ -182,15 +182,9 @@ def features_model(context: Context, name: str) -> Model:
     return model
 
 
-def backbone_trains(context: Context) -> bool:
-    """Whether some parameter of the backbone trains now."""
-    model = features_model(context, "the mean of features")
-    return any(parameter.requires_grad for parameter in model.backbone.parameters())
-
-
 def check_steady(context: Context, name: str) -> None:
-    """Raise :class:`CompositionError` when the backbone trains, for a part that has sums of its features already."""
-    if backbone_trains(context):
+    """Raise :class:`CompositionError` when the backbone trains, for a part that has learnt something of its features already."""
+    if features_model(context, name).backbone_trains:
         raise CompositionError(
             f"{name} keeps what it learnt of the features of earlier rows, which no longer fit once the backbone trains on: set "
             "backbone: frozen, or take adapter/lora with across_tasks: first."

@@ -1,7 +1,7 @@
 """What heads without gradients share: sums of features go in, or features of rows; a rule makes class scores of them.
 
-Each such head is a part of its own, with a rule (nearest mean, linear discriminants, ridge regression, a vote of neighbours)
-and an instance of :class:`ClosedForm`, to which it hands the hooks. The rows of an experience are added at its end, in one
+Each such head is a :class:`ClosedFormHead` with a rule (nearest mean, linear discriminants, ridge regression, a vote of
+neighbours), which its :class:`ClosedForm` applies. The rows of an experience are added at its end, in one
 pass.
 
 **First session.** Where the backbone trains while nothing has been added up yet (``adapter/lora`` with ``across_tasks:
@@ -15,14 +15,14 @@ Letters: B rows, D features, M lifted features, K outputs, k classes when the ru
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from continual.kinds import Objective
 from continual.parts.head.class_sums import (
-    backbone_trains,
     check_steady,
     class_sums,
     features_model,
@@ -30,7 +30,7 @@ from continual.parts.head.class_sums import (
 )
 from continual.parts.head.lift import Lift
 from continual.parts.head.linear import LinearHead
-from continual.parts.part import Context
+from continual.parts.part import Context, Part, Slot
 from continual.state import tensor_bytes
 from continual.streams.experience import Experience
 from continual.table import Batch, Table
@@ -194,7 +194,7 @@ class ClosedForm(Generic[Held]):
         """
         if bool(self.held.counts_K.any()):
             check_steady(context, self._name)
-        elif backbone_trains(context):
+        elif features_model(context, self._name).backbone_trains:
             self.first = LinearHead(init="mean", normalize=True)
             self.first.attach(context)
             self.first.begin(context, experience)
@@ -274,3 +274,48 @@ class ClosedForm(Generic[Held]):
     def nbytes(self) -> int:
         """Bytes of what is kept, of what was drawn, and of what was solved; a first session's head is among the weights."""
         return tensor_bytes([self.state_dict(), self.module.solution(), self.module.known])
+
+
+class ClosedFormHead(Part, Generic[Held]):
+    """What such heads share as parts: each sets its settings and ``closed_form``, and overrides what it does otherwise."""
+
+    slot: ClassVar[Slot] = "head"
+    objectives: ClassVar[tuple[Objective, ...]] = ("classification",)
+    needs_head: ClassVar[bool] = True
+    needs_steady_features: ClassVar[bool] = True
+    excludes: ClassVar[dict[str, str]] = EXCLUDES
+    closed_form: ClosedForm[Held]
+
+    def attach(self, context: Context) -> None:
+        """Set the head of the model.
+
+        Raises:
+            CompositionError: the model gives logits itself.
+        """
+        super().attach(context)
+        self.closed_form.attach(context, self.name)
+
+    def begin(self, context: Context, experience: Experience) -> None:
+        self.closed_form.begin(context, experience)
+
+    def end(self, context: Context, experience: Experience) -> None:
+        self.closed_form.end(context, experience)
+
+    def grow_to(self, classes: int, context: Context) -> None:
+        """Have at least ``classes`` outputs."""
+        self.closed_form.grow_to(classes, context)
+
+    def rows(self) -> Tensor:
+        return self.closed_form.rows()
+
+    def erase(self, rows: Tensor) -> int:
+        return self.closed_form.erase(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.closed_form.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.closed_form.load_state_dict(state, getattr(self, "context", None))
+
+    def nbytes(self) -> int:
+        return self.closed_form.nbytes()

@@ -11,16 +11,12 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
-from continual.kinds import Objective
 from continual.parts.head.class_sums import ClassSums
-from continual.parts.head.closed_form import EXCLUDES, ClosedForm
+from continual.parts.head.closed_form import ClosedForm, ClosedFormHead
 from continual.parts.head.discriminant import Discriminants
 from continual.parts.head.lift import Lift
-from continual.parts.part import Context, Part, Slot
 from continual.spec import Spec
-from continual.streams.experience import Experience
 
 
 class KLDASettings(Spec):
@@ -40,19 +36,14 @@ class KLDASettings(Spec):
     normalize: bool = True
 
 
-class KLDAHead(Part):
+class KLDAHead(ClosedFormHead[ClassSums]):
     """Linear discriminants of random Fourier features, brought up to date at the end of each experience.
 
     It keeps sums, second moments and counts. A class of one row is given up with it; any other row that must leave them
     too needs them computed anew.
     """
 
-    slot: ClassVar[Slot] = "head"
     Settings: ClassVar[type[Spec]] = KLDASettings
-    objectives: ClassVar[tuple[Objective, ...]] = ("classification",)
-    needs_head: ClassVar[bool] = True
-    needs_steady_features: ClassVar[bool] = True
-    excludes: ClassVar[dict[str, str]] = EXCLUDES
     settings: KLDASettings
 
     def __init__(self, **settings: Any) -> None:
@@ -60,32 +51,3 @@ class KLDAHead(Part):
         own = self.settings
         lift = Lift(normalize=own.normalize, dimension=own.dimension, activation="fourier", bandwidth=own.bandwidth)
         self.closed_form = ClosedForm(Discriminants(own.shrinkage), lift, ClassSums(second=True))
-
-    def attach(self, context: Context) -> None:
-        super().attach(context)
-        self.closed_form.attach(context, self.name)
-
-    def begin(self, context: Context, experience: Experience) -> None:
-        self.closed_form.begin(context, experience)
-
-    def end(self, context: Context, experience: Experience) -> None:
-        self.closed_form.end(context, experience)
-
-    def grow_to(self, classes: int, context: Context) -> None:
-        """Have at least ``classes`` outputs."""
-        self.closed_form.grow_to(classes, context)
-
-    def rows(self) -> Tensor:
-        return self.closed_form.rows()
-
-    def erase(self, rows: Tensor) -> int:
-        return self.closed_form.erase(rows)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.closed_form.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.closed_form.load_state_dict(state, getattr(self, "context", None))
-
-    def nbytes(self) -> int:
-        return self.closed_form.nbytes()

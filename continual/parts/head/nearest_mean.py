@@ -21,13 +21,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from continual.kinds import Objective
 from continual.parts.head.class_sums import ClassSums
-from continual.parts.head.closed_form import EXCLUDES, ClosedForm, Solution
+from continual.parts.head.closed_form import ClosedForm, ClosedFormHead, Solution
 from continual.parts.head.lift import Lift
-from continual.parts.part import Context, Part, Slot
 from continual.spec import Spec
-from continual.streams.experience import Experience
 
 Distance = Literal["cosine", "euclidean"]
 
@@ -68,19 +65,14 @@ class NearestMeans:
         return best_B / self.scale
 
 
-class NearestMeanHead(Part):
+class NearestMeanHead(ClosedFormHead[ClassSums]):
     """Class means of the features, brought up to date at the end of each experience in one pass over its rows.
 
     It keeps sums and counts of classes. A class of one row is given up with it; any other row that must leave the means
     too needs them computed anew.
     """
 
-    slot: ClassVar[Slot] = "head"
     Settings: ClassVar[type[Spec]] = NearestMeanSettings
-    objectives: ClassVar[tuple[Objective, ...]] = ("classification",)
-    needs_head: ClassVar[bool] = True
-    needs_steady_features: ClassVar[bool] = True
-    excludes: ClassVar[dict[str, str]] = EXCLUDES
     settings: NearestMeanSettings
 
     def __init__(self, **settings: Any) -> None:
@@ -88,32 +80,3 @@ class NearestMeanHead(Part):
         own = self.settings
         rule = NearestMeans(own.distance, own.scale)
         self.closed_form = ClosedForm(rule, Lift(normalize=own.normalize), ClassSums())
-
-    def attach(self, context: Context) -> None:
-        super().attach(context)
-        self.closed_form.attach(context, self.name)
-
-    def begin(self, context: Context, experience: Experience) -> None:
-        self.closed_form.begin(context, experience)
-
-    def end(self, context: Context, experience: Experience) -> None:
-        self.closed_form.end(context, experience)
-
-    def grow_to(self, classes: int, context: Context) -> None:
-        """Have at least ``classes`` outputs."""
-        self.closed_form.grow_to(classes, context)
-
-    def rows(self) -> Tensor:
-        return self.closed_form.rows()
-
-    def erase(self, rows: Tensor) -> int:
-        return self.closed_form.erase(rows)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.closed_form.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.closed_form.load_state_dict(state, getattr(self, "context", None))
-
-    def nbytes(self) -> int:
-        return self.closed_form.nbytes()

@@ -27,14 +27,11 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
-from continual.kinds import Objective
-from continual.parts.head.closed_form import EXCLUDES, UNKNOWN, ClosedForm, Solution
+from continual.parts.head.closed_form import UNKNOWN, ClosedForm, ClosedFormHead, Solution
 from continual.parts.head.feature_rows import FeatureRows
 from continual.parts.head.lift import Lift
-from continual.parts.part import Context, Part, Slot
 from continual.spec import Spec
 from continual.state import tensor_bytes
-from continual.streams.experience import Experience
 
 BLOCK = 2**17
 """Rows compared at once."""
@@ -110,18 +107,13 @@ class Vote:
         return best_Bn, place_Bn, best_BK
 
 
-class NeighboursHead(Part):
+class NeighboursHead(ClosedFormHead[FeatureRows]):
     """Rows vote for those they are nearest to; brought up to date at the end of each experience in one pass over its rows.
 
     It keeps features of rows, and gives up those of any row.
     """
 
-    slot: ClassVar[Slot] = "head"
     Settings: ClassVar[type[Spec]] = NeighboursSettings
-    objectives: ClassVar[tuple[Objective, ...]] = ("classification",)
-    needs_head: ClassVar[bool] = True
-    needs_steady_features: ClassVar[bool] = True
-    excludes: ClassVar[dict[str, str]] = EXCLUDES
     settings: NeighboursSettings
 
     def __init__(self, **settings: Any) -> None:
@@ -129,32 +121,6 @@ class NeighboursHead(Part):
         own = self.settings
         rule, held = Vote(own.neighbours, own.temperature, center=not own.normalize), FeatureRows(own.per_class)
         self.closed_form = ClosedForm(rule, Lift(normalize=own.normalize), held)
-
-    def attach(self, context: Context) -> None:
-        super().attach(context)
-        self.closed_form.attach(context, self.name)
-
-    def begin(self, context: Context, experience: Experience) -> None:
-        self.closed_form.begin(context, experience)
-
-    def end(self, context: Context, experience: Experience) -> None:
-        self.closed_form.end(context, experience)
-
-    def grow_to(self, classes: int, context: Context) -> None:
-        """Have at least ``classes`` outputs."""
-        self.closed_form.grow_to(classes, context)
-
-    def rows(self) -> Tensor:
-        return self.closed_form.rows()
-
-    def erase(self, rows: Tensor) -> int:
-        return self.closed_form.erase(rows)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.closed_form.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.closed_form.load_state_dict(state, getattr(self, "context", None))
 
     def nbytes(self) -> int:
         """Bytes of what is kept, where the scores look it up, and of what they need beside it."""

@@ -24,11 +24,10 @@ from pydantic import Field
 from torch import Tensor
 
 from continual.errors import TrainingError
-from continual.kinds import Objective
 from continual.parts.head.class_sums import ClassSums
-from continual.parts.head.closed_form import EXCLUDES, ClosedForm, Solution
+from continual.parts.head.closed_form import ClosedForm, ClosedFormHead, Solution
 from continual.parts.head.lift import Lift, Projection
-from continual.parts.part import Context, Part, Slot
+from continual.parts.part import Context
 from continual.parts.replay.select import row_keys
 from continual.randomness import derive_seed
 from continual.spec import Spec
@@ -115,7 +114,7 @@ def choose_strength(sums: ClassSums, held: ClassSums) -> float | None:
     return None if best is None else best[1]
 
 
-class RidgeHead(Part):
+class RidgeHead(ClosedFormHead[ClassSums]):
     """Ridge regression on random features, brought up to date at the end of each experience in one pass over its rows.
 
     It keeps sums, the Gram matrix and counts. A class of one row is given up with it; any other row that must leave them
@@ -125,12 +124,7 @@ class RidgeHead(Part):
         strength: λ of the last update, None before the first.
     """
 
-    slot: ClassVar[Slot] = "head"
     Settings: ClassVar[type[Spec]] = RidgeSettings
-    objectives: ClassVar[tuple[Objective, ...]] = ("classification",)
-    needs_head: ClassVar[bool] = True
-    needs_steady_features: ClassVar[bool] = True
-    excludes: ClassVar[dict[str, str]] = EXCLUDES
     settings: RidgeSettings
 
     def __init__(self, **settings: Any) -> None:
@@ -150,17 +144,10 @@ class RidgeHead(Part):
     def strength(self) -> float | None:
         return self.rule.strength
 
-    def attach(self, context: Context) -> None:
-        super().attach(context)
-        self.closed_form.attach(context, self.name)
-
-    def begin(self, context: Context, experience: Experience) -> None:
-        self.closed_form.begin(context, experience)
-
     def end(self, context: Context, experience: Experience) -> None:
         """Add the experience's rows, choose the strength where it is not given, and solve."""
         if self.settings.strength != "held-out":
-            self.closed_form.end(context, experience)
+            super().end(context, experience)
             return
         sums = self.closed_form.held
         held = ClassSums(second=True)
@@ -176,25 +163,12 @@ class RidgeHead(Part):
         self.rule.strength = choose_strength(sums, held) or self.rule.strength or self._unit()
         self.closed_form.solve()
 
-    def grow_to(self, classes: int, context: Context) -> None:
-        """Have at least ``classes`` outputs."""
-        self.closed_form.grow_to(classes, context)
-
-    def rows(self) -> Tensor:
-        return self.closed_form.rows()
-
-    def erase(self, rows: Tensor) -> int:
-        return self.closed_form.erase(rows)
-
     def state_dict(self) -> dict[str, Any]:
-        return {**self.closed_form.state_dict(), "strength": self.rule.strength}
+        return {**super().state_dict(), "strength": self.rule.strength}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rule.strength = state["strength"]
-        self.closed_form.load_state_dict(state, getattr(self, "context", None))
-
-    def nbytes(self) -> int:
-        return self.closed_form.nbytes()
+        super().load_state_dict(state)
 
     def _unit(self) -> float:
         """What stands in where nothing could be held out yet: the mean eigenvalue of the Gram matrix."""

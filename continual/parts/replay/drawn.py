@@ -23,10 +23,6 @@ from continual.spec import Spec
 from continual.streams.experience import Experience
 from continual.table import Batch
 
-_NO_GRADIENTS = (
-    "it has no gradients, and what it keeps of earlier rows stays exact: leave replay out, or take head/linear"
-)
-
 
 class DrawnSettings(Spec):
     """Settings of every :class:`DrawnFeatures`.
@@ -46,13 +42,7 @@ class DrawnFeatures(Part):
     objectives: ClassVar[tuple[Objective, ...]] = ("classification",)
     needs_head: ClassVar[bool] = True
     needs_steady_features: ClassVar[bool] = True
-    excludes: ClassVar[dict[str, str]] = {
-        "replay": "both give the past its share of the loss: keep one of the two",
-        **dict.fromkeys(
-            ("head/nearest-mean", "head/neighbours", "head/slda", "head/klda", "head/ridge"), _NO_GRADIENTS
-        ),
-    }
-
+    excludes: ClassVar[dict[str, str]] = {"replay": "both give the past its share of the loss: keep one of the two"}
     settings: DrawnSettings
 
     @abstractmethod
