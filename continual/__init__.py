@@ -1,7 +1,6 @@
 """Keeps a model learning from a stream of tasks and proves, after every update, what it still remembers.
 
-``Learner``, ``Strategy``, ``Stream``, ``Monitor``, ``Experience``, ``Training`` and ``Store`` are here; importing the package loads
-none of the heavy libraries until one of them is used.
+The names in ``__all__`` are here; importing the package loads none of the heavy libraries until one of them is used.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from continual.learner import Learner as Learner
     from continual.learner import Run as Run
     from continual.learner import Update as Update
+    from continual.models.build import build_model as build_model
     from continual.monitor.monitor import Monitor as Monitor
     from continual.parts.context import TrainingContext as TrainingContext
     from continual.refresh.store import Store as Store
@@ -35,6 +35,7 @@ _WHERE = {
     "Training": "continual.training",
     "TrainingContext": "continual.parts.context",
     "Update": "continual.learner",
+    "build_model": "continual.models.build",
     "check_stream": "continual.streams.check",
 }
 
@@ -50,6 +51,7 @@ __all__ = [
     "Training",
     "TrainingContext",
     "Update",
+    "build_model",
     "check_stream",
 ]
 

@@ -44,6 +44,22 @@ def test_loaders_of_ones_own_and_a_module() -> None:
     assert torch.allclose(found["scores"].sum(1), torch.ones(60))
 
 
+def test_a_loop_says_how_a_module_that_takes_no_batch_is_handed_in() -> None:
+    class Anything(nn.Linear):
+        def forward(self, batch: Any) -> torch.Tensor:
+            return super().forward(batch["inputs"])
+
+    experience = tiny_stream(experiences=2)[0]
+    inputs = experience.train.column("inputs").shape[1]
+    for module, said in ((nn.Linear(inputs, 6), "fails with"), (Anything(inputs, 6), "gives Tensor where a batch")):
+        with pytest.raises(ModelError, match=said) as caught:
+            TrainingContext(module, [Rehearsal()]).begin(experience)
+        assert "hand in build_model(model)" in str(caught.value)
+    loop = TrainingContext(build_model(nn.Linear(inputs, 6)), [Rehearsal()])
+    loop.begin(experience)
+    assert loop.backward(experience.train[torch.arange(4)]).isfinite()
+
+
 def test_a_loop_of_ones_own_equals_the_learner() -> None:
     stream = tiny_stream(experiences=2)
     training = {"optimizer": "sgd", "lr": 0.05, "epochs": 2, "batch_size": 16}

@@ -24,7 +24,7 @@ _FEATURES: tuple[Objective, ...] = ("classification", "regression")
 def build_model(
     spec: str | Mapping[str, Any] | nn.Module,
     *,
-    objective: Objective,
+    objective: Objective = "classification",
     example: Batch | None = None,
     device: torch.device | str = "cpu",
 ) -> Model:

@@ -12,7 +12,8 @@ In a loop of your own::
             loop.after_step()
         loop.end()
 
-``model(batch)`` takes a dict of tensors and gives an :class:`~continual.models.output.Output`.
+``model(batch)`` takes a dict of tensors and gives an :class:`~continual.models.output.Output`;
+:func:`~continual.models.build.build_model` makes such a model of any module that gives logits.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from continual.errors import ModelError, TrainingError
 from continual.kinds import Objective, Scenario
+from continual.models.model import Model
 from continual.models.output import Output
 from continual.objective import Competition, Criterion, active_classes, loss_rows
 from continual.parts.part import Part, check_criterion, overriding
@@ -43,7 +45,7 @@ class TrainingContext:
     """Drives the parts of one training and shows them what they may see (:class:`~continual.parts.part.Context`).
 
     Args:
-        model: ``model(batch)`` gives an ``Output``.
+        model: ``model(batch)`` gives an ``Output``; :func:`~continual.models.build.build_model` wraps one that gives logits.
         parts: in the order in which their hooks are called.
         optimizer: told of parameters that come, go and grow; None while there is none.
         competition: which classes compete in training.
@@ -104,9 +106,15 @@ class TrainingContext:
         return self._parameters
 
     def forward(self, batch: Batch) -> Output:
-        """``model(batch)`` in the precision of the run."""
+        """``model(batch)`` in the precision of the run.
+
+        Raises:
+            ModelError: it gives something else than an ``Output``.
+        """
         with self.autocast():
             output: Output = self.model(batch)
+        if not isinstance(output, Output):
+            raise _takes_no_batch(self.model, f"gives {type(output).__name__}")
         return output
 
     def active(self, batch: Batch) -> Tensor | None:
@@ -346,7 +354,12 @@ class TrainingContext:
             return None
         with torch.no_grad(), as_at_test(self.model):
             row = to_device(experience.train[torch.zeros(1, dtype=torch.int64)], self.device)
-            return int(self.forward(row).logits.shape[-1])
+            try:
+                return int(self.forward(row).logits.shape[-1])
+            except (TypeError, AttributeError) as error:
+                if isinstance(self.model, Model):
+                    raise
+                raise _takes_no_batch(self.model, f"fails with '{error}'") from error
 
 
 def not_finite(step: int, terms: Sequence[tuple[str, Tensor]], batch: Batch) -> TrainingError:
@@ -362,6 +375,13 @@ def not_finite(step: int, terms: Sequence[tuple[str, Tensor]], batch: Batch) -> 
     return TrainingError(
         f"{what}; rows {shown or 'without ids'}): {kept}; {advice}, or look at these rows.",
         f"{what}): {kept}; {advice}.",
+    )
+
+
+def _takes_no_batch(model: nn.Module, what: str) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} {what} where a batch, a dict of tensors, should give an Output: hand in "
+        "build_model(model), which makes that of a module that takes inputs and gives logits."
     )
 
 

@@ -35,22 +35,13 @@ def test_the_readme_is_short() -> None:
 def test_the_loop_of_ones_own() -> None:
     """Its rows are remembered, and the second experience is trained beside them."""
     seen: list[int] = []
-
-    class Own(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 6))
-
-        def forward(self, batch: Batch) -> Output:
-            seen.append(len(batch["labels"]))
-            return Output(self.layers(batch["inputs"]))
-
     stream: Stream = tiny_stream(experiences=2)
-    model = Own()
+    module = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 6))
+    module.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
     names: dict[str, Any] = {
-        "model": model,
+        "my_torch_model": module,
         "stream": stream,
-        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "optimizer": torch.optim.SGD(module.parameters(), lr=0.1),
     }
     lines = code("from continual import TrainingContext")
     assert 10 <= len(lines.splitlines()) <= 16

@@ -100,6 +100,7 @@ def test_outputs_that_did_not_exist_are_not_compared() -> None:
     loop = looped(part)
     train(loop, experience(0))
     loop.begin(experience(1))
+    loop.batch_size = 4
     batch = loop.extend(experience(1).train[torch.arange(4)])
     assert batch[LOGITS].shape == (8, 2) and batch[WIDTH].tolist() == [0] * 4 + [2] * 4
     output = loop.forward(batch)
@@ -137,6 +138,8 @@ def test_the_first_experience_replays_from_the_second_batch_on() -> None:
     loop = looped(part)
     train(loop, experience(0))
     assert [len(batch["row"]) for batch in recorded(loop)] == [8, 16, 16]
+    train(loop, experience(1, rows=19))
+    assert [len(batch["row"]) for batch in recorded(loop)] == [16, 16, 11], "the last batch gets as many"
 
 
 def test_the_objective_counts_current_rows_with_the_weights_they_bring() -> None:
@@ -145,6 +148,7 @@ def test_the_objective_counts_current_rows_with_the_weights_they_bring() -> None
     train(loop, experience(0, weight=torch.ones(24)))
     given = experience(1, weight=1 + torch.arange(24.0))
     loop.begin(given)
+    loop.batch_size = 6
     batch = loop.extend(given.train[torch.arange(6)])
     assert batch["weight"].tolist() == [1, 2, 3, 4, 5, 6, *[0] * 12]
     output = loop.forward(batch)

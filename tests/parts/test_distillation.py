@@ -130,6 +130,7 @@ def test_lwf_looks_at_the_current_rows_and_features_at_all() -> None:
     for kind in ("lwf", "feature-distillation"):
         settings = {"weighting": "experiences"} if kind == "lwf" else {}
         loop, old = middle(make(kind, **settings), Rehearsal(**replay))
+        loop.batch_size = 4
         batch = loop.extend(last_batch())
         assert len(batch["labels"]) == 8 and loop.current_rows == 4
         output = loop.forward(batch)

@@ -96,7 +96,7 @@ def test_the_loss_is_one_t_th_current_and_the_rest_drawn() -> None:
     training = learnt(part, (0, 1), (2, 3), seed=4)
     training.begin(experience(2, (4,)))
     batch = experience(2, (4,)).train[torch.arange(1, 9)]
-    training.current_rows = 8
+    training.current_rows = training.batch_size = 8
     output = training.forward(batch)
     terms = dict(training.terms(batch, output))
     drawn, labels = part.draw(24, loop(FeatureVAE(), seed=4).randomness.generator("feature-vae replay"))

@@ -102,7 +102,7 @@ def test_the_loss_is_one_t_th_current_and_the_rest_drawn(share: float, weights: 
     batch = experience(2, (3, 4)).train[torch.arange(1, 13)]
     if weights:
         batch["weight"] = torch.rand(12)
-    training.current_rows = 12
+    training.current_rows = training.batch_size = 12
     output = training.forward(batch)
     terms = dict(training.terms(batch, output))
     again = loop(GaussianReplay(), seed=4).randomness.generator("gaussian replay")

@@ -138,6 +138,7 @@ def test_gaussian_rows_of_another_shape() -> None:
     with pytest.raises(CompositionError, match=r"shape \(2, 3\), and those of experience 'e1' have shape \(6,\)"):
         loop.begin(experience(1))
     loop.begin(Experience(1, "e1", one.train, classes=(0, 1)))
+    loop.batch_size = 4
     assert loop.extend(one.train[torch.arange(4)])["inputs"].shape == (8, 2, 3)
 
 
@@ -147,6 +148,7 @@ def test_weights_that_rows_bring_are_kept() -> None:
     weight = 1 + torch.arange(24.0)
     train(loop, experience(0, weight=weight))
     loop.begin(experience(1, weight=weight))
+    loop.batch_size = 4
     batch = loop.extend(experience(1, weight=weight).train[torch.arange(4)])
     torch.testing.assert_close(batch["weight"], torch.tensor([0.05, 0.1, 0.15, 0.2, *[0.125] * 4]))
 

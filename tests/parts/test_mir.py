@@ -48,6 +48,7 @@ def test_the_rows_replayed_are_those_whose_loss_would_rise_most(virtual_lr: floa
     names = list(loop.parameters())
     assert loop.rates() == dict(zip(names, (0.1, 0.1, 0.7, 0.7), strict=True))
     rates = loop.rates() if virtual_lr is None else dict.fromkeys(names, virtual_lr)
+    loop.batch_size = 6
     for start in (0, 6, 12):
         batch = given.train[torch.arange(start, start + 6)]
         twin = copy.deepcopy(part.cycle)

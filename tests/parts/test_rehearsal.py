@@ -58,7 +58,7 @@ def looped(seed: int = 0, **settings: Any) -> tuple[TrainingContext, Rehearsal]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Linear()
-    return TrainingContext(model, [part], torch.optim.SGD(model.parameters(), lr=0.1), seed=seed), part
+    return TrainingContext(model, [part], torch.optim.SGD(model.parameters(), lr=0.1), seed=seed, batch_size=16), part
 
 
 def train(loop: TrainingContext, given: Experience, epochs: int = 1, batch_size: int = 16) -> list[Batch]:
@@ -225,6 +225,13 @@ def test_share_of_the_forward_batch(share: float, replayed: int) -> None:
     assert all(torch.equal(batch[name][16:], column) for name, column in expected.items())
 
 
+def test_the_last_batch_of_an_epoch_gets_as_many_rows_as_a_full_one() -> None:
+    loop, part = looped(capacity=50, share=0.25)
+    train(loop, experience(0))
+    rows = [len(batch["row"]) for batch in train(loop, experience(1, rows=37))]
+    assert rows == [21, 21, 10] and part.shortfall == 0
+
+
 def test_first_experience_replays_nothing_and_misses_nothing() -> None:
     loop, part = looped()
     loop.begin(experience(0))
@@ -259,7 +266,7 @@ def test_text_rows_of_other_widths_are_joined() -> None:
     loop, part = looped(capacity=40)
     part.end(loop, words(0, 9))
     loop.experience_index = 1
-    loop.current_rows = 4
+    loop.batch_size = 4
     current = words(1, 3).train[torch.arange(4)]
     batch = part.extend(current)
     assert batch["input_ids"].shape == batch["attention_mask"].shape and batch["input_ids"].shape[0] == 8

@@ -50,7 +50,7 @@ class DarkSettings(StoreSettings):
     Attributes:
         alpha: weight of the squared distance to the stored logits.
         beta: weight of the cross-entropy (or squared error) of a second draw from the memory; 0 draws none.
-        memory_batch: rows of each draw; None takes as many as the batch has.
+        memory_batch: rows of each draw; None takes as many as a full batch has.
         logits: in later epochs, ``latest`` stores the logits of held rows anew; ``first`` keeps those of the first epoch.
     """
 
@@ -99,7 +99,7 @@ class Dark(Part):
         context, held, current = self.context, len(self.store), len(batch["labels"])
         if not held:
             return batch
-        count = min(self.settings.memory_batch or current, held)
+        count = min(self.settings.memory_batch or context.batch_size, held)
         index_M = self.cycles[0].draw(count, held, context.randomness.generator("replay"))
         if self.settings.beta:
             other = self.cycles[1].draw(count, held, context.randomness.generator("replay labels"))

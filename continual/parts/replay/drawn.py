@@ -19,6 +19,7 @@ from continual.kinds import Objective
 from continual.models.output import Output
 from continual.parts.head.class_sums import check_steady, features_model
 from continual.parts.part import Context, Part, Slot
+from continual.parts.replay.mix import replay_count
 from continual.spec import Spec
 from continual.streams.experience import Experience
 from continual.table import Batch
@@ -28,7 +29,7 @@ class DrawnSettings(Spec):
     """Settings of every :class:`DrawnFeatures`.
 
     Attributes:
-        share: part of the rows of a step that are drawn, in (0, 1): round(current · share / (1 − share)), at least one.
+        share: part of the rows of a step that are drawn, in (0, 1): round(batch size · share / (1 − share)), at least one.
             It sets how noisy the drawn part of the loss is, never how much it weighs.
     """
 
@@ -76,8 +77,7 @@ class DrawnFeatures(Part):
         context, met = self.context, self.context.experience_index + 1
         if met <= 1 or not self.known():
             return None
-        share = self.settings.share
-        rows = max(round(context.current_rows * share / (1 - share)), 1)
+        rows = max(replay_count(context.batch_size, self.settings.share), 1)
         features_RD, labels_R = self.draw(rows, context.randomness.generator(f"{self.kind} replay"))
         logits_RK = head_of(context, self.name)(features_RD)
         drawn = context.loss_rows(Output(logits_RK, features_RD), {"labels": labels_R}).mean()

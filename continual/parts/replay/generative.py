@@ -46,7 +46,7 @@ class GenerativeSettings(Spec):
     """Settings of :class:`GenerativeReplay`.
 
     Attributes:
-        share: part of the rows of a forward pass that are made, in (0, 1).
+        share: part of the rows of a full batch that are made, in (0, 1).
         labels: of made rows: the class that was ``asked`` for, or what the old classifier, the ``teacher``, makes of it.
         hidden, latent: of the autoencoder (:class:`~continual.models.vae.ConditionalVAE`).
         likelihood: ``bernoulli`` for inputs in [0, 1], ``gaussian`` for any.
@@ -125,7 +125,7 @@ class GenerativeReplay(Part):
     def extend(self, batch: Batch) -> Batch:
         """The batch with made rows after its own (``row`` −1), of classes drawn evenly from those met before."""
         context, met = self.context, self.context.experience_index + 1
-        count = replay_count(context.current_rows, self.settings.share)
+        count = replay_count(context.batch_size, self.settings.share)
         if self.generator is None or not count:
             return batch
         draws, device = context.randomness.generator("generative replay"), batch["labels"].device

@@ -38,7 +38,7 @@ class MIRSettings(StoreSettings):
 
     Attributes:
         candidates: rows among which the most interfered are looked for.
-        share: part of the rows of a forward pass that are replayed, in (0, 1).
+        share: part of the rows of a full batch that are replayed, in (0, 1).
         virtual_lr: η of the virtual step; None takes the learning rates of the next real one, which suits ``sgd``.
     """
 
@@ -86,7 +86,7 @@ class MIR(Part):
     def extend(self, batch: Batch) -> Batch:
         """The batch with the most interfered of the candidates after its own rows."""
         context, held = self.context, len(self.store)
-        count = min(replay_count(context.current_rows, self.settings.share), held)
+        count = min(replay_count(context.batch_size, self.settings.share), held)
         if not count:
             return batch
         index_C = self.cycle.draw(min(self.settings.candidates, held), held, context.randomness.generator("replay"))

@@ -45,7 +45,7 @@ class RehearsalSettings(Spec):
             rows of each class of each experience (with ``insert: end`` the last of its table, which are no random sample
             where its order means something; with ``step`` they come shuffled), ``herding`` those whose mean feature is
             nearest to the class's.
-        share: part of the rows of a forward pass that are replayed, in (0, 1).
+        share: part of the rows of a full batch that are replayed, in (0, 1); the last batch of an epoch gets as many.
         insert: ``end`` offers all rows of an experience when it ends; ``step`` those of each batch of its first epoch.
         weighting: ``rows`` weighs all rows of a batch alike; ``experiences`` gives the replayed ones together 1 − 1/t.
         storage: ``device`` of the training, ``cpu``, or ``memmap``, files under ``folder``.
@@ -137,13 +137,13 @@ class Rehearsal(Part):
             check_features(context, experience.train, self.store.owner)
 
     def extend(self, batch: Batch) -> Batch:
-        """The batch with rows of the memory after its own: round(current · share / (1 − share)), each at most once."""
+        """The batch with rows of the memory after its own: round(batch size · share / (1 − share)), each at most once."""
         context, held = self.context, len(self.memory)
         met = context.experience_index + 1
         by_experience = self.settings.weighting == "experiences"
         if met <= 1 and (by_experience or not held):
             return batch
-        wanted = replay_count(context.current_rows, self.settings.share)
+        wanted = replay_count(context.batch_size, self.settings.share)
         count = min(wanted, held)
         self._wanted += wanted
         self.shortfall += wanted - count
