@@ -15,8 +15,6 @@ from torch import nn
 from trainer_bench import language_model, sentences, tokenizer
 
 from continual import Stream
-from continual.models.output import Output
-from continual.table import Batch
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
