@@ -111,7 +111,11 @@ def study_command(
     device: Device = "auto",
     page: Annotated[Path | None, typer.Option("--report", help="Where the page goes as well.")] = None,
 ) -> None:
-    """Run strategies × streams × seeds; a finished cell is never run twice."""
+    """Run strategies × streams × seeds; a finished cell is never run twice.
+
+    The file names streams, strategies and seeds, at the top or in groups; a stream or strategy is a name, a file, or
+    {use: NAME, name: LABEL, set: {training.epochs: 5}}. A set at the top or in a group holds for all of its strategies.
+    """
     from continual.study import Study, run_study
 
     study = Study.load(file)

@@ -86,8 +86,9 @@ def _added(found: dict[str, Any], version: int) -> list[dict[str, Any]]:
         for name, score in zip(found["names"], scores, strict=True)
     ]
     if "familiar" in found:
-        for place, value in enumerate(found["familiar"].tolist()):
-            rows[place]["familiar"] = round(value, 6)
+        # unrounded, in the fewest digits that say it, so that the value of one row can be the threshold of the next call
+        for place, value in enumerate(found["familiar"].cpu().numpy()):
+            rows[place]["familiar"] = float(str(value))
     if "out_of_scope" in found:
         for row, beyond in zip(rows, found["out_of_scope"].tolist(), strict=True):
             row["out_of_scope"] = beyond
