@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -36,7 +37,9 @@ def run(stream: Any, strategy: Any, *, seed: int, out: Path, resume: bool, strat
         if strategy_name == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if strategy_name == "interrupts":
-            os.kill(os.getppid(), signal.SIGINT)
+            parent = multiprocessing.parent_process()
+            assert parent is not None
+            os.kill(parent.pid or 0, signal.SIGINT)
             time.sleep(60)
     result = _result(name, strategy_name, seed)
     if strategy_name.startswith("traced"):
@@ -47,6 +50,12 @@ def run(stream: Any, strategy: Any, *, seed: int, out: Path, resume: bool, strat
         chosen = Strategy.load(strategy, overrides=given["overrides"])
         result["provenance"] |= {"settings": chosen.to_dict(), "strategy_fingerprint": chosen.fingerprint()}
     (out / "result.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def environment(*given: Any, out: Path, **more: Any) -> None:
+    """Write down the value of a variable."""
+    (out / "environment.txt").write_text(os.environ["OF_THE_STUDY"], encoding="utf-8")
+    run(*given, out=out, **more)
 
 
 def _result(stream: str, strategy: str, seed: int) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -383,3 +385,26 @@ def test_the_rows_of_many_cells_are_read_once(
     outcomes = run_study(study, place / "out", runner=RUNNER)
     assert [one.status for one in outcomes] == ["skipped"] * 4
     assert len(read) == loads
+
+
+def test_what_is_imported_ahead_starts_no_thread_and_looks_for_no_gpu() -> None:
+    lines = (
+        "import importlib, os, torch",
+        "def asked(*_): raise SystemExit('a GPU was looked for')",
+        "torch.cuda.device_count = torch.cuda.is_available = torch._C._cuda_getDeviceCount = torch._C._cuda_init = asked",
+        "from continual.study.worker import PRELOAD",
+        "for name in PRELOAD: importlib.import_module(name)",
+        "assert len(os.listdir('/proc/self/task')) == 1",
+    )
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("processes are forked on Linux only")
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_cell_sees_the_environment_of_now(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = _study(place, streams=["one.yaml"], strategies=["good.yaml"])
+    for value in ("first", "second"):
+        monkeypatch.setenv("OF_THE_STUDY", value)
+        run_study(study, place / value, runner="study_runner:environment", progress=False)
+        assert (place / value / "one/good/seed-0/environment.txt").read_text() == value

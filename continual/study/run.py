@@ -5,7 +5,7 @@ and a process that the system kills costs its own cell only. ``cell.json`` in a 
 when the study asks for something else there, or the data or the base model have changed since, the old run is moved
 aside, not overwritten.
 
-Processes are spawned, so a script of your own that calls :func:`run_study` needs ``if __name__ == "__main__":``.
+Each cell is a new process, so a script of your own that calls :func:`run_study` needs ``if __name__ == "__main__":``.
 """
 
 from __future__ import annotations
