@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -151,9 +152,22 @@ def _chunks(measured: Measured, resamples: int, chunk: int, generator: np.random
 def _patterns(
     scores_MN: NDArray[np.float32],
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
-    """Distinct columns (M, P), which one each row has (N,), and how many rows have each (P,)."""
-    patterns_PM, place_N, count_P = np.unique(scores_MN.T, axis=0, return_inverse=True, return_counts=True)
-    return patterns_PM.T, place_N.reshape(-1), count_P
+    """Distinct columns (M, P) in rising order, which one each row has (N,), and how many rows have each (P,)."""
+    place_N = np.zeros(scores_MN.shape[1], dtype=np.int64)
+    for word_N in _words(scores_MN):
+        _, rank_N = np.unique(word_N, return_inverse=True)
+        _, place_N = np.unique(place_N * (rank_N.max(initial=0) + 1) + rank_N, return_inverse=True)
+    _, first_P, count_P = np.unique(place_N, return_index=True, return_counts=True)
+    return scores_MN[:, first_P], place_N, count_P
+
+
+def _words(scores_MN: NDArray[np.float32]) -> list[NDArray[Any]]:
+    """Numbers (N,) that order the columns one after the other; 64 rows of 0/1 scores make one number."""
+    if not ((scores_MN == 0) | (scores_MN == 1)).all():
+        return list(scores_MN)
+    bytes_bN = np.packbits(scores_MN.astype(np.bool_), axis=0)
+    bytes_bN = np.pad(bytes_bN, ((0, -len(bytes_bN) % 8), (0, 0)))
+    return list(np.ascontiguousarray(bytes_bN.T).view(">u8").T.astype(np.uint64))
 
 
 def _ends(values_X: Floats, tails: list[float]) -> tuple[float, float]:

@@ -54,6 +54,20 @@ def test_intervals_equal_those_of_a_plain_loop(binary: bool) -> None:
         np.testing.assert_allclose((low, high), reference, atol=0.25 * spread, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("measurements", "rows", "values"),
+    [(1, 40, 2), (8, 40, 2), (9, 300, 2), (70, 300, 2), (130, 20, 2), (5, 300, 3), (2, 9, 99)],
+)
+def test_patterns_are_those_that_numpy_finds(measurements: int, rows: int, values: int) -> None:
+    draw = np.random.default_rng(measurements)
+    scores = draw.integers(0, values, size=(measurements, rows)).astype(np.float32)
+    scores[:, draw.random(rows) < 0.5] = scores[:, :1]
+    patterns, place, count = B._patterns(scores)
+    wanted, places, counts = np.unique(scores.T, axis=0, return_inverse=True, return_counts=True)
+    assert np.array_equal(patterns, wanted.T) and np.array_equal(count, counts)
+    assert np.array_equal(place, places.reshape(-1)) and np.array_equal(patterns[:, place], scores)
+
+
 def test_patterns_of_rows_are_drawn_as_often_as_rows() -> None:
     """Many equal rows take the other way of drawing: both give the spread of the formula."""
     generator = np.random.default_rng(0)
