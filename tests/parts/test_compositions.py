@@ -37,6 +37,7 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("agem", {"rows": 4, "capacity": 7}, {"rows": 4, "capacity": 7, "select": "class-balanced"}),
     ("gem", {}, {"capacity": 4}),
     ("gem", {}, {"margin": 5.0}),
+    ("gem", {}, {"epsilon": 1.0}),
     ("ogd", {}, {"rows": 3}),
     ("ogd", {}, {"logits": "mean"}),
     ("ogd", {}, {"logits": "all"}),

@@ -184,23 +184,38 @@ def test_the_dual_meets_the_conditions_of_its_minimum(t: int, size: int, margin:
     random = np.random.default_rng(seed)
     G, g = random.normal(size=(t, size)) * 10.0 ** random.integers(-3, 3), random.normal(size=size)
     gram = G @ G.T
-    v = dual(gram, G @ g, margin)
-    slope = gram @ v + G @ g
+    epsilon = 10.0 ** random.integers(-6, 1)
+    v = dual(gram, G @ g, margin, epsilon)
+    slope = (gram + epsilon * np.eye(t)) @ v + G @ g
     scale = float(np.abs(gram).max() * max(np.abs(v).max(), 1) + np.abs(G @ g).max())
     assert (v >= margin - 1e-12).all()
     assert (slope >= -1e-5 * scale).all()
     assert (np.abs((v - margin) * slope) <= 1e-5 * scale * max(np.abs(v).max(), 1)).all()
 
 
-def test_the_dual_of_nothing() -> None:
-    assert (dual(np.zeros((2, 2)), np.zeros(2), 0.5) == 0.5).all()
+def test_the_dual_is_that_of_the_program_that_avalanche_solves() -> None:
+    import quadprog
+
+    random = np.random.default_rng(0)
+    for t in (1, 3, 8):
+        G, g = random.normal(size=(t, 40)), random.normal(size=40)
+        K = G @ G.T + 1e-3 * np.eye(t)
+        wanted, *_ = quadprog.solve_qp(K, -(G @ g), np.eye(t), np.full(t, 0.5))
+        np.testing.assert_allclose(dual(G @ G.T, G @ g, 0.5, 1e-3), wanted, rtol=1e-7, atol=1e-9)
+
+
+def test_the_dual_of_nothing_and_of_a_memory_learnt_by_heart() -> None:
+    assert (dual(np.zeros((2, 2)), np.zeros(2), 0.5, 1e-3) == 0.5).all()
+    G = 1e-7 * np.random.default_rng(0).normal(size=(6, 40))
+    v = dual(G @ G.T, G @ -np.ones(40), 0.5, 1e-3)
+    assert v.min() == 0.5 and v.max() < 0.6, "gradients that are noise do not bind"
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.5])
 def test_gem_is_the_nearest_gradient_that_works_against_no_experience(margin: float) -> None:
     from scipy.optimize import minimize
 
-    part = make("gem", capacity=10, margin=margin)
+    part = make("gem", capacity=10, margin=margin, epsilon=1e-9)
     loop = learnt(part, tasks=2)
     G = torch.stack([gradient(loop.model, held_by(part, group)) for group in (0, 1)])
     projected = 0
@@ -475,6 +490,7 @@ def test_one_projection_only() -> None:
         ("agem", {"epsilon": 0.0}),
         ("agem", {"select": "herding"}),
         ("gem", {"margin": -1.0}),
+        ("gem", {"epsilon": 0.0}),
         ("gem", {"capacity": 0}),
         ("ogd", {"rows": 0}),
         ("ogd", {"logits": "some"}),

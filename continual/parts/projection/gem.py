@@ -3,11 +3,12 @@
 Among the gradients that point against no g_k, the gradient of the mean loss over the memory of experience k, the one
 nearest to g: ``g + G^T v`` with v from the dual
 
-    min_v 1/2 v^T G G^T v + (G g)^T v    subject to v >= margin                       (t, P) G, the g_k
+    min_v 1/2 v^T (G G^T + epsilon I) v + (G g)^T v    subject to v >= margin           (t, P) G, the g_k
 
-(Lopez-Paz & Ranzato 2017, arXiv 1706.08840, eq. 11; a margin above 0 leans towards the memory, as in the authors'
-program). It is solved as non-negative least squares by ``scipy.optimize.nnls``. Where no g_k.g is negative, g is left
-alone.
+(Lopez-Paz & Ranzato 2017, arXiv 1706.08840, eq. 11; the margin, which leans towards the memory, and epsilon are those of the
+authors' program). It is solved as non-negative least squares by ``scipy.optimize.nnls``. Where no g_k.g is negative, g is left
+alone. Without epsilon a memory that is learnt by heart, whose gradients are next to nothing and mostly noise, must not lose at
+any price: with 200 rows for 20 tasks of permuted MNIST the weights blow up.
 
 Departure: each g_k is the gradient of the model in eval mode (:mod:`~continual.parts.projection.memory_gradient`). The gradient
 that is projected is that of the whole loss with the pull of penalties, before clipping.
@@ -22,7 +23,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from continual.errors import TrainingError
@@ -34,9 +35,6 @@ from continual.streams.experience import Experience
 
 Vector = NDArray[np.float64]
 
-_FLAT = 1e-7
-"""Directions of G G^T below this share of its largest eigenvalue are rounding."""
-
 
 class GEMSettings(Spec):
     """Settings of :class:`GEM`.
@@ -44,11 +42,13 @@ class GEMSettings(Spec):
     Attributes:
         capacity: rows of the memory, shared equally by the experiences.
         margin: least v, the paper's gamma, ≥ 0.
+        epsilon: added to the diagonal of G G^T, > 0: a g_k whose square is below it binds little.
     """
 
     kind: Literal["gem"] = "gem"
     capacity: PositiveInt = 200
     margin: NonNegativeFloat = 0.5
+    epsilon: PositiveFloat = 1e-3
 
 
 class GEM(Part):
@@ -98,7 +98,7 @@ class GEM(Part):
         gram_tt, dot_t = products[:, :-1], products[:, -1]
         if (dot_t >= 0).all():
             return
-        v_t = torch.from_numpy(dual(gram_tt, dot_t, self.settings.margin)).to(g_P)
+        v_t = torch.from_numpy(dual(gram_tt, dot_t, self.settings.margin, self.settings.epsilon)).to(g_P)
         projected = torch.split(g_P + v_t @ G_tP, [p.numel() for p in parameters])
         for parameter, part in zip(parameters, projected, strict=True):
             new = part.view_as(parameter).to(parameter.dtype)
@@ -127,21 +127,17 @@ class GEM(Part):
         self.store.load_state_dict(state)
 
 
-def dual(gram_tt: Vector, dot_t: Vector, margin: float) -> Vector:
-    """The v (t,) ≥ margin with the least ``1/2 v^T gram v + dot.v``, for a gram matrix G G^T and dot = G g.
+def dual(gram_tt: Vector, dot_t: Vector, margin: float, epsilon: float) -> Vector:
+    """The v (t,) ≥ margin with the least ``1/2 v^T K v + dot.v``, for K = G G^T + epsilon I and dot = G g.
 
-    With ``u = v - margin`` and ``gram = R^T R`` it is the u ≥ 0 nearest to ``R u = -R^-T (dot + margin gram 1)``.
+    With ``u = v - margin`` and ``K = R^T R`` it is the u ≥ 0 nearest to ``R u = -R^-T (dot + margin K 1)``.
     """
     from scipy.optimize import nnls
 
-    scale = max(float(np.trace(gram_tt)), np.finfo(np.float64).tiny)
-    values, vectors = np.linalg.eigh(gram_tt / scale)
-    kept = values > _FLAT * max(float(values[-1]), 0.0)
-    if not kept.any():
-        return np.full(len(dot_t), margin)
-    root = np.sqrt(values[kept])
-    wanted = dot_t / scale + margin * (gram_tt / scale).sum(1)
-    u, _ = nnls(root[:, None] * vectors[:, kept].T, -(vectors[:, kept].T @ wanted) / root, maxiter=100 * len(dot_t))
+    values, vectors = np.linalg.eigh(gram_tt)
+    root = np.sqrt(np.maximum(values, 0.0) + epsilon)
+    wanted = dot_t + margin * (gram_tt.sum(1) + epsilon)
+    u, _ = nnls(root[:, None] * vectors.T, -(vectors.T @ wanted) / root, maxiter=100 * len(dot_t))
     return np.asarray(u, dtype=np.float64) + margin
 
 
