@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import signal
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from continual.errors import TrainingError
 from continual.models.build import base_on_disk
@@ -36,10 +40,13 @@ def run(stream: Any, strategy: Any, *, seed: int, out: Path, resume: bool, strat
             raise KeyError("no such thing")
         if strategy_name == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if strategy_name == "sleeps":
+            (out / "pid").write_text(str(os.getpid()), encoding="utf-8")
+            time.sleep(600)
         if strategy_name == "interrupts":
             parent = multiprocessing.parent_process()
-            assert parent is not None
-            os.kill(parent.pid or 0, signal.SIGINT)
+            assert parent is not None and parent.pid is not None
+            os.kill(parent.pid, signal.SIGINT)
             time.sleep(60)
     result = _result(name, strategy_name, seed)
     if strategy_name.startswith("traced"):
@@ -53,8 +60,11 @@ def run(stream: Any, strategy: Any, *, seed: int, out: Path, resume: bool, strat
 
 
 def environment(*given: Any, out: Path, **more: Any) -> None:
-    """Write down the value of a variable."""
-    (out / "environment.txt").write_text(os.environ["OF_THE_STUDY"], encoding="utf-8")
+    """Write down the value of a variable, whose process this is, and what its generators draw."""
+    (out / "environment.txt").write_text(os.environ.get("OF_THE_STUDY", ""), encoding="utf-8")
+    draws = [random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002
+    process = {"pid": os.getpid(), "parent": os.getppid(), "draws": draws}
+    (out / "process.json").write_text(json.dumps(process), encoding="utf-8")
     run(*given, out=out, **more)
 
 

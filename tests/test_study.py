@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from continual.study.worker import message_of
 
 RUNNER = "study_runner:run"
 STREAM = {"source": {"kind": "digits"}, "split": {"by": "class", "size": 2}, "scenario": "class"}
-NAMES = ("good", "refused", "broken", "killed", "interrupts", "traced")
+NAMES = ("good", "refused", "broken", "killed", "interrupts", "traced", "sleeps")
 
 
 @pytest.fixture
@@ -44,9 +47,14 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells run in this process, which saves the start of another."""
 
     class Here:
-        def __init__(self, job: dict[str, Any], workers: int) -> None:
-            self.future: Future[str] = Future()
-            self.future.set_result(worker._work(job))
+        def __init__(self, workers: int, forks: bool) -> None: ...
+
+        def start(self, job: dict[str, Any]) -> Future[str | None]:
+            future: Future[str | None] = Future()
+            future.set_result(worker._work(job))
+            return future
+
+        def ended(self) -> None: ...
 
         def close(self) -> None: ...
 
@@ -387,19 +395,60 @@ def test_the_rows_of_many_cells_are_read_once(
     assert len(read) == loads
 
 
-def test_what_is_imported_ahead_starts_no_thread_and_looks_for_no_gpu() -> None:
+def test_what_is_imported_ahead_looks_for_no_gpu_and_starts_no_thread_of_its_own() -> None:
     lines = (
         "import importlib, os, torch",
         "def asked(*_): raise SystemExit('a GPU was looked for')",
         "torch.cuda.device_count = torch.cuda.is_available = torch._C._cuda_getDeviceCount = torch._C._cuda_init = asked",
         "from continual.study.worker import PRELOAD",
         "for name in PRELOAD: importlib.import_module(name)",
-        "assert len(os.listdir('/proc/self/task')) == 1",
+        "assert not os.path.isdir('/proc/self/task') or len(os.listdir('/proc/self/task')) == 1",
     )
-    if not Path("/proc/self/task").is_dir():
-        pytest.skip("processes are forked on Linux only")
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # BLAS ends its threads before a fork by itself
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, env={**os.environ, **one}
+    )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cells are forked on Linux only")
+def test_forked_cells_are_processes_of_their_own_which_draw_apart(place: Path) -> None:
+    study = _study(place, streams=["one.yaml"], strategies=["good.yaml"], seeds=[0, 1, 2])
+    for workers in (1, 2):
+        out = place / str(workers)
+        run_study(study, out, workers, runner="study_runner:environment", progress=False, device="cpu")
+        found = [json.loads((out / f"one/good/seed-{seed}/process.json").read_text()) for seed in (0, 1, 2)]
+        assert len({one["pid"] for one in found}) == 3
+        assert len({one["parent"] for one in found}) == workers < 3, "which imported once for several"
+        assert len({draw for one in found for draw in one["draws"]}) == 9
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cells are forked on Linux only")
+def test_a_cell_ends_with_the_study(place: Path) -> None:
+    _study(place, streams=["one.yaml"], strategies=["sleeps.yaml"])
+    lines = (
+        "from pathlib import Path",
+        "from continual.study import Study, run_study",
+        "if __name__ == '__main__':",
+        f"    run_study(Study.load({str(place / 'study.yaml')!r}), Path({str(place / 'out')!r}), runner={RUNNER!r}, device='cpu')",
+    )
+    (place / "script.py").write_text("\n".join(lines), encoding="utf-8")
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    script = subprocess.Popen([sys.executable, "script.py"], cwd=place, env={**os.environ, "PYTHONPATH": paths})
+    started = place / "out/one/sleeps/seed-0/pid"
+    try:
+        _until(lambda: started.is_file() and bool(started.read_text()))
+    finally:
+        script.kill()
+        script.wait()
+    _until(lambda: not Path("/proc", started.read_text()).exists())
+
+
+def _until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not within {seconds} seconds"
+        time.sleep(0.05)
 
 
 def test_a_cell_sees_the_environment_of_now(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,7 @@ def _run(
     with tqdm(
         total=len(cells), initial=len(outcomes), unit="cell", disable=None if progress is None else not progress
     ) as bar:
-        _work_off(jobs, outcomes, notes, workers, bar)
+        _work_off(jobs, outcomes, notes, workers, sys.platform == "linux" and _device(device) == "cpu", bar)
     ordered = [outcomes[cell.label] for cell in cells]
     _write_reports(study, out, ordered, started, device)
     return ordered
@@ -162,18 +162,20 @@ def _work_off(
     outcomes: dict[str, CellOutcome],
     notes: dict[str, str],
     workers: int,
+    forks: bool,
     bar: tqdm[Any],
 ) -> None:
-    running: dict[Future[str], tuple[Worker, Cell, Path, float]] = {}
+    free = [Worker(workers, forks) for _ in range(min(workers, len(jobs)))]
+    running: dict[Future[str | None], tuple[Worker, Cell, Path, float]] = {}
     try:
         while jobs or running:
-            while jobs and len(running) < workers:
-                cell, job = jobs.popleft()
-                worker = Worker(job, workers)
-                running[worker.future] = (worker, cell, job["folder"], time.monotonic())
+            while jobs and free:
+                (cell, job), worker = jobs.popleft(), free.pop()
+                running[worker.start(job)] = (worker, cell, job["folder"], time.monotonic())
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 worker, cell, folder, began = running.pop(future)
-                worker.close()
+                worker.ended()
+                free.append(worker)
                 message = message_of(future, folder)
                 status: Literal["done", "failed"] = "failed" if message else "done"
                 said = message or notes[cell.label]
@@ -183,6 +185,8 @@ def _work_off(
     finally:
         for worker, _, _, _ in running.values():
             worker.kill()
+        for worker in free:
+            worker.close()
 
 
 def _write_reports(study: Study, out: Path, outcomes: Sequence[CellOutcome], started: str, device: str) -> None:

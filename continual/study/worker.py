@@ -1,17 +1,20 @@
 """The processes of a study: each cell has one of its own, so that what it holds and how it dies is the cell's alone.
 
-(A process that ran several cells would report the largest memory of all of them for each.) On Linux and without a GPU they are forked
-from one that has imported what every cell needs and runs nothing, which saves each of them seconds; CUDA, and other systems, do not
-go with a fork, so there each is a new one.
+(A process that ran several cells would report the largest memory of all of them for each.) On Linux and without a GPU a worker
+imports once what every cell needs and forks each cell off, which saves each of them seconds; pages of libraries that a cell never
+touches do not count as its memory then. CUDA, and other systems, do not go with a fork: there a worker is a new process for each cell.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import importlib
 import multiprocessing
+import multiprocessing.connection
 import os
+import random
 import signal
-import sys
 import traceback
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,53 +23,68 @@ from typing import Any
 
 from continual.disk import write_text
 from continual.errors import ContinualError, StateError
-from continual.learner.core import resolve_device
 from continual.report.load import ERROR, load_result
 from continual.spec import load_object
 
 TRACEBACK = "traceback.txt"
 
-PRELOAD = ["continual.run", "continual.report.page", "continual.report.significance", "scipy.stats", "torch._dynamo"]
-"""What every cell imports; none of it starts a thread or looks for a GPU."""
+PRELOAD = ("continual.run", "continual.report.page", "continual.report.significance", "scipy.stats", "torch._dynamo")
+"""What every cell imports; none of it looks for a GPU."""
+
+PR_SET_PDEATHSIG = 1
 
 
 class Worker:
-    """A process that runs one cell.
+    """Runs cells, one at a time.
 
     Args:
-        job: what :func:`_work` takes.
-        workers: how many such processes share the cores.
+        workers: how many such share the cores.
+        forks: whether it forks its cells.
     """
 
-    def __init__(self, job: dict[str, Any], workers: int) -> None:
-        context: Any = multiprocessing.get_context("spawn")
-        if sys.platform == "linux" and resolve_device(job["device"]).type == "cpu":
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(PRELOAD)
-        start = (workers, dict(os.environ))
-        self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=start)
-        self._pid = self._pool.submit(os.getpid)
-        self.future = self._pool.submit(_work, job)
+    def __init__(self, workers: int, forks: bool) -> None:
+        self.workers, self.forks = workers, forks
+        self._pool: ProcessPoolExecutor | None = None
+        self._pid: Future[int] | None = None
+        self.future: Future[str | None] | None = None
+
+    def start(self, job: dict[str, Any]) -> Future[str | None]:
+        """Begin with a cell; ``job`` is what :func:`_work` takes."""
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            start = (self.workers, self.forks)
+            self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=start)
+            self._pid = self._pool.submit(os.getpid)
+        self.future = self._pool.submit(_apart, job, self.workers) if self.forks else self._pool.submit(_work, job)
+        return self.future
+
+    def ended(self) -> None:
+        """To be called when a cell is over, before the next one."""
+        if not self.forks or self.future is None or self.future.exception() is not None:
+            self.close()
 
     def kill(self) -> None:
-        """End the process now; what it has saved stays."""
+        """End the process, and its cell, now; what the cell has saved stays."""
         with contextlib.suppress(BrokenProcessPool, ProcessLookupError, TimeoutError):
-            pid = self._pid.result(timeout=60)
-            if not self.future.done():
-                os.kill(pid, signal.SIGTERM)
+            if self._pid is not None and self.future is not None and not self.future.done():
+                os.kill(self._pid.result(timeout=60), signal.SIGTERM)
         self.close()
 
     def close(self) -> None:
         """Wait for the process to end."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool = None
 
 
-def message_of(future: Future[str], folder: Path) -> str:
+def message_of(future: Future[str | None], folder: Path) -> str:
     """Empty for a cell that is done; otherwise the sentence, which is in its ``error.txt`` too."""
     error = future.exception()
     if error is None:
-        return future.result()
-    if isinstance(error, BrokenProcessPool):
+        found = future.result()
+        if found is not None:
+            return found
+    if error is None or isinstance(error, BrokenProcessPool):
         message = (
             "its process was killed by the system, often for want of memory: call the study again to go on where it "
             "stood, with fewer workers or a smaller batch."
@@ -78,15 +96,58 @@ def message_of(future: Future[str], folder: Path) -> str:
     return message
 
 
-def _start(workers: int, environment: dict[str, str]) -> None:
-    """In the worker: its environment is the parent's as it is now, Ctrl-C is the parent's to handle, and the cores are shared."""
+def _start(workers: int, forks: bool) -> None:
+    """In the worker: Ctrl-C is the parent's to handle, and the cores are shared."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not forks:
+        _share_cores(workers)
+        return
+    for name in PRELOAD:
+        with contextlib.suppress(Exception):  # the cell itself will say what is wrong
+            importlib.import_module(name)
+
+
+def _share_cores(workers: int) -> None:
     import torch
 
-    os.environ.clear()
-    os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(min(torch.get_num_threads(), max(1, cores // workers)))
+
+
+def _apart(job: dict[str, Any], workers: int) -> str | None:
+    """In a worker that forks: :func:`_work` in a child, which ends with this process; None where the system killed it."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            os.close(ours)
+            _as_a_new_process(workers)
+            os.write(theirs, _work(job).encode()[:60_000])
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(theirs)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    with open(ours, encoding="utf-8", errors="replace") as answer:
+        if parent.sentinel in multiprocessing.connection.wait([ours, parent.sentinel]):
+            os._exit(1)
+        message = answer.read()
+    _, status = os.waitpid(child, 0)
+    return message if status == 0 else None
+
+
+def _as_a_new_process(workers: int) -> None:
+    """In a child: draws that nobody seeded differ from those of other cells."""
+    import numpy as np
+    import torch
+
+    random.seed()
+    np.random.seed()  # noqa: NPY002
+    torch.seed()
+    _share_cores(workers)
 
 
 def _work(job: dict[str, Any]) -> str:
