@@ -100,7 +100,7 @@ def active_classes(
             belongs to, ``all`` every output there is, ``asymmetric`` those of the current experience for a new row and
             every class met so far for a replayed one (Caccia et al. 2022, arXiv 2104.05025, eq. 3, where the classes of
             the batch stand in place of those of the experience, and the mean losses of new and of replayed rows are added, which
-            is twice the mean over a batch of as many of both).
+            is twice the mean over a batch of as many of both: a full one, at share .5).
         owner_K: int64 (K,), the experience that a class belongs to (the latest one), -1 for one not yet met.
         labels_B: int64 (B,), -100 and classes without an output allowed.
         all_seen: whether no entry of ``owner_K`` is -1, known without asking the device.

@@ -55,6 +55,13 @@ def test_a_loop_says_how_a_module_that_takes_no_batch_is_handed_in() -> None:
         with pytest.raises(ModelError, match=said) as caught:
             TrainingContext(module, [Rehearsal()]).begin(experience)
         assert "hand in build_model(model)" in str(caught.value)
+
+    class Typo(nn.Module):
+        def forward(self, batch: Any) -> Any:
+            return self.lin(batch["inputs"])
+
+    with pytest.raises(AttributeError, match="has no attribute 'lin'"):
+        TrainingContext(Typo(), []).begin(experience)
     loop = TrainingContext(build_model(nn.Linear(inputs, 6)), [Rehearsal()])
     loop.begin(experience)
     assert loop.backward(experience.train[torch.arange(4)]).isfinite()

@@ -26,9 +26,9 @@ def build_model(
     *,
     objective: Objective = "classification",
     example: Batch | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> Model:
-    """The model that ``spec`` names, on ``device``.
+    """The model that ``spec`` names, on ``device``; without one, a module that is handed in stays where it is.
 
     Initial weights and the constructors of users' modules draw from the process-wide generators: call it inside
     :meth:`~continual.randomness.Randomness.framework`, as the learner does.
@@ -49,7 +49,7 @@ def build_model(
         raise ModelError(
             f"this model cannot be trained for {objective}, only for {quoted(model.objectives)}: name a model that can."
         )
-    return model.to(torch.device(device))
+    return model if device is None else model.to(torch.device(device))
 
 
 def gives_features(spec: str | Mapping[str, Any] | nn.Module, objective: Objective) -> bool:

@@ -51,6 +51,8 @@ class TrainingContext:
         competition: which classes compete in training.
         criterion: the loss of a classification (:func:`~continual.objective.loss_rows`).
         autocast: makes the context manager around each forward pass.
+        batch_size: rows of the experience in a full batch; :meth:`shuffled` sets it. Left out, it is what the largest batch of the
+            experience so far had.
 
     Raises:
         CompositionError: a part that cannot work with this model, objective or criterion.
@@ -70,7 +72,7 @@ class TrainingContext:
         device: torch.device | None = None,
         randomness: Randomness | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        batch_size: int = 32,
+        batch_size: int | None = None,
     ) -> None:
         self.model, self.parts, self.optimizer = model, list(parts), optimizer
         self.objective, self.scenario = objective, scenario
@@ -78,7 +80,7 @@ class TrainingContext:
         first = next(model.parameters(), None)
         self.device = device or (first.device if first is not None else torch.device("cpu"))
         self.randomness = randomness or Randomness(seed)
-        self.autocast, self.batch_size = autocast, batch_size
+        self.autocast, self._batch_size, self._most_rows = autocast, batch_size, 0
         self.features = SteadyFeatures(model, self.forward, self.device)
         self.experience: Experience | None = None
         self.experience_index, self.step, self.steps, self.epoch, self.current_rows = -1, 0, 0, 0, 0
@@ -99,6 +101,22 @@ class TrainingContext:
 
     # What parts see
 
+    @property
+    def batch_size(self) -> int:
+        """Rows of the experience in one forward pass; 32 while that is not known."""
+        return self._batch_size or self._most_rows or 32
+
+    @batch_size.setter
+    def batch_size(self, rows: int) -> None:
+        self._batch_size = rows
+
+    @property
+    def full_rows(self) -> int:
+        """Rows of the experience in a full batch: all of them where they are fewer than :attr:`batch_size`."""
+        if self._batch_size is None or self.experience is None:
+            return self._batch_size or max(self._most_rows, self.current_rows)
+        return max(min(self._batch_size, len(self.experience.train)), self.current_rows)
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that train now, by name."""
         if self._parameters is None:
@@ -109,11 +127,16 @@ class TrainingContext:
         """``model(batch)`` in the precision of the run.
 
         Raises:
-            ModelError: it gives something else than an ``Output``.
+            ModelError: it takes no batch, or gives something without logits.
         """
-        with self.autocast():
-            output: Output = self.model(batch)
-        if not isinstance(output, Output):
+        try:
+            with self.autocast():
+                output: Output = self.model(batch)
+        except (TypeError, AttributeError) as error:
+            if isinstance(self.model, Model) or "dict" not in str(error):
+                raise
+            raise _takes_no_batch(self.model, f"fails with '{error}'") from error
+        if not hasattr(output, "logits"):
             raise _takes_no_batch(self.model, f"gives {type(output).__name__}")
         return output
 
@@ -200,7 +223,7 @@ class TrainingContext:
     def begin(self, experience: Experience, *, steps: int = 0) -> None:
         """Call every part's ``begin``; tell the optimiser of parameters that came or went."""
         self.experience, self.experience_index = experience, experience.index
-        self.step, self.epoch, self.steps = 0, 0, steps
+        self.step, self.epoch, self.steps, self._most_rows = 0, 0, steps, 0
         for part in self.parts:
             self._parameters = None
             part.begin(self, experience)
@@ -213,6 +236,7 @@ class TrainingContext:
     def extend(self, batch: Batch) -> Batch:
         """The batch with what the parts add to it."""
         self.current_rows = len(batch["labels"])
+        self._most_rows = max(self._most_rows, self.current_rows)
         for extend in self._extend:
             batch = extend(batch)
         return batch
@@ -354,12 +378,7 @@ class TrainingContext:
             return None
         with torch.no_grad(), as_at_test(self.model):
             row = to_device(experience.train[torch.zeros(1, dtype=torch.int64)], self.device)
-            try:
-                return int(self.forward(row).logits.shape[-1])
-            except (TypeError, AttributeError) as error:
-                if isinstance(self.model, Model):
-                    raise
-                raise _takes_no_batch(self.model, f"fails with '{error}'") from error
+            return int(self.forward(row).logits.shape[-1])
 
 
 def not_finite(step: int, terms: Sequence[tuple[str, Tensor]], batch: Batch) -> TrainingError:

@@ -82,6 +82,10 @@ class Context(Protocol):
         """Rows of the experience in one forward pass."""
 
     @property
+    def full_rows(self) -> int:
+        """Rows of the experience in a full batch: ``batch_size``, or all of them where there are fewer."""
+
+    @property
     def current_rows(self) -> int:
         """How many rows at the head of the batch are the experience's own; what follows was added by ``extend``."""
 

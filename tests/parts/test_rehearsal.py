@@ -230,6 +230,17 @@ def test_the_last_batch_of_an_epoch_gets_as_many_rows_as_a_full_one() -> None:
     train(loop, experience(0))
     rows = [len(batch["row"]) for batch in train(loop, experience(1, rows=37))]
     assert rows == [21, 21, 10] and part.shortfall == 0
+    few = [len(batch["row"]) for batch in train(loop, experience(2, rows=6), epochs=2)]
+    assert few == [8, 8], "an experience smaller than a batch is a full one"
+
+
+def test_a_loop_that_says_no_batch_size_replays_beside_its_largest_batch() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Linear()
+    loop = TrainingContext(model, [Rehearsal(capacity=50)], torch.optim.SGD(model.parameters(), lr=0.1))
+    begun(loop, experience(0), experience(1))
+    assert [len(loop.extend(experience(1).train[torch.arange(n)])["row"]) for n in (4, 12, 3)] == [8, 24, 15]
 
 
 def test_first_experience_replays_nothing_and_misses_nothing() -> None:

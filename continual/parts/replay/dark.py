@@ -99,7 +99,7 @@ class Dark(Part):
         context, held, current = self.context, len(self.store), len(batch["labels"])
         if not held:
             return batch
-        count = min(self.settings.memory_batch or context.batch_size, held)
+        count = min(self.settings.memory_batch or context.full_rows, held)
         index_M = self.cycles[0].draw(count, held, context.randomness.generator("replay"))
         if self.settings.beta:
             other = self.cycles[1].draw(count, held, context.randomness.generator("replay labels"))

@@ -29,7 +29,7 @@ class DrawnSettings(Spec):
     """Settings of every :class:`DrawnFeatures`.
 
     Attributes:
-        share: part of the rows of a step that are drawn, in (0, 1): round(batch size · share / (1 − share)), at least one.
+        share: part of the rows of a step that are drawn, in (0, 1): round(full batch · share / (1 − share)), at least one.
             It sets how noisy the drawn part of the loss is, never how much it weighs.
     """
 
@@ -77,7 +77,7 @@ class DrawnFeatures(Part):
         context, met = self.context, self.context.experience_index + 1
         if met <= 1 or not self.known():
             return None
-        rows = max(replay_count(context.batch_size, self.settings.share), 1)
+        rows = max(replay_count(context.full_rows, self.settings.share), 1)
         features_RD, labels_R = self.draw(rows, context.randomness.generator(f"{self.kind} replay"))
         logits_RK = head_of(context, self.name)(features_RD)
         drawn = context.loss_rows(Output(logits_RK, features_RD), {"labels": labels_R}).mean()

@@ -125,7 +125,7 @@ class GenerativeReplay(Part):
     def extend(self, batch: Batch) -> Batch:
         """The batch with made rows after its own (``row`` −1), of classes drawn evenly from those met before."""
         context, met = self.context, self.context.experience_index + 1
-        count = replay_count(context.batch_size, self.settings.share)
+        count = replay_count(context.full_rows, self.settings.share)
         if self.generator is None or not count:
             return batch
         draws, device = context.randomness.generator("generative replay"), batch["labels"].device

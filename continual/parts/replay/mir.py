@@ -8,7 +8,7 @@ first epoch of their experience; candidates are drawn by a shuffled walk.
 
 It costs one more forward and backward pass of the current rows and two forward passes of the candidates for every
 batch, and a copy of the trainable parameters while it looks. The loss is one mean over current and replayed rows, where the paper
-adds the mean of either: half of that at share .5.
+adds the mean of either: half of that at share .5 beside a full batch.
 
 Letters: B rows of a batch, C candidates, R rows replayed.
 """
@@ -86,7 +86,7 @@ class MIR(Part):
     def extend(self, batch: Batch) -> Batch:
         """The batch with the most interfered of the candidates after its own rows."""
         context, held = self.context, len(self.store)
-        count = min(replay_count(context.batch_size, self.settings.share), held)
+        count = min(replay_count(context.full_rows, self.settings.share), held)
         if not count:
             return batch
         index_C = self.cycle.draw(min(self.settings.candidates, held), held, context.randomness.generator("replay"))

@@ -12,13 +12,13 @@ from continual.errors import StreamError, quoted
 from continual.table import Batch, concat_batches, to_device
 
 
-def replay_count(batch_size: int, share: float) -> int:
+def replay_count(full_rows: int, share: float) -> int:
     """Rows to replay beside every batch, so that they are ``share`` of all rows beside a full one.
 
     The last batch of an epoch, which may hold a few new rows only, gets as many: a step on few rows is one at the full rate with a
     noisy gradient, which memory rows steady (measured: ``reports/methods/README.md``, beside Avalanche).
     """
-    return round(batch_size * share / (1 - share))
+    return round(full_rows * share / (1 - share))
 
 
 def join(batch: Batch, replayed: Batch) -> Batch:

@@ -137,13 +137,13 @@ class Rehearsal(Part):
             check_features(context, experience.train, self.store.owner)
 
     def extend(self, batch: Batch) -> Batch:
-        """The batch with rows of the memory after its own: round(batch size · share / (1 − share)), each at most once."""
+        """The batch with rows of the memory after its own: round(full batch · share / (1 − share)), each at most once."""
         context, held = self.context, len(self.memory)
         met = context.experience_index + 1
         by_experience = self.settings.weighting == "experiences"
         if met <= 1 and (by_experience or not held):
             return batch
-        wanted = replay_count(context.batch_size, self.settings.share)
+        wanted = replay_count(context.full_rows, self.settings.share)
         count = min(wanted, held)
         self._wanted += wanted
         self.shortfall += wanted - count
