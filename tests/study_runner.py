@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from continual.models.build import base_on_disk
 from continual.strategy import Strategy
 from continual.streams.spec import read_stream_spec
 from continual.streams.stream import Stream
+from continual.study import worker
 
 
 def run(stream: Any, strategy: Any, *, seed: int, out: Path, resume: bool, strategy_name: str, **given: Any) -> None:
@@ -57,6 +59,21 @@ def run(stream: Any, strategy: Any, *, seed: int, out: Path, resume: bool, strat
         chosen = Strategy.load(strategy, overrides=given["overrides"])
         result["provenance"] |= {"settings": chosen.to_dict(), "strategy_fingerprint": chosen.fingerprint()}
     (out / "result.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+class Here:
+    """Stands in for :class:`continual.study.worker.Worker`: cells run in this process, which saves the start of another."""
+
+    def __init__(self, workers: int, forks: bool) -> None: ...
+
+    def start(self, job: dict[str, Any]) -> Future[str | None]:
+        future: Future[str | None] = Future()
+        future.set_result(worker._work(job))
+        return future
+
+    def ended(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def environment(*given: Any, out: Path, **more: Any) -> None:

@@ -9,11 +9,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
+import study_runner
 import torch
 from bad_bench import (
     LOGITS,
@@ -39,7 +39,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from continual.state import load_state
-from continual.study.worker import _work
 
 SOUND = {"train.jsonl": lines(rows()), "test.jsonl": lines(rows(12, 100)), "s.yaml": STREAM}
 NUMBERS = {
@@ -489,22 +488,11 @@ def test_a_training_that_fails_keeps_the_last_checkpoint(tmp_path: Path) -> None
     assert tree(tmp_path / "out") == held
 
 
-class HereWorker:
-    """Runs a cell of a study in this process."""
-
-    def __init__(self, job: dict[str, Any], workers: int) -> None:
-        self.future: Future[str] = Future()
-        self.future.set_result(_work(job))
-
-    def close(self) -> None:
-        pass
-
-
 def test_a_cell_that_fails_costs_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fails = {"use": "naive", "name": "fails", "set": {"training.lr": 1.0e30}}
     study = {"streams": ["s.yaml"], "strategies": [fails, "naive"], "training": {"epochs": 20}}
     write(tmp_path, {**SOUND, "t.yaml": study})
-    monkeypatch.setattr("continual.study.run.Worker", HereWorker)
+    monkeypatch.setattr("continual.study.run.Worker", study_runner.Here)
     done = continual("study", "t.yaml", "--out", "out", "--device", "cpu", cwd=tmp_path)
     said = assert_refused(done, 1, ("s/fails/seed-0 failed: the loss is not finite", "lower training.lr"))
     cell = tmp_path / "out" / "s" / "fails" / "seed-0"

@@ -24,7 +24,7 @@ from continual.errors import SpecError, StateError
 from continual.report import load_result
 from continual.spec import parse
 from continual.streams.stream import Stream
-from continual.study import Study, StudySpec, run_study, worker
+from continual.study import Study, StudySpec, run_study
 from continual.study.worker import message_of
 
 RUNNER = "study_runner:run"
@@ -45,20 +45,7 @@ def place(tmp_path: Path) -> Path:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells run in this process, which saves the start of another."""
-
-    class Here:
-        def __init__(self, workers: int, forks: bool) -> None: ...
-
-        def start(self, job: dict[str, Any]) -> Future[str | None]:
-            future: Future[str | None] = Future()
-            future.set_result(worker._work(job))
-            return future
-
-        def ended(self) -> None: ...
-
-        def close(self) -> None: ...
-
-    monkeypatch.setattr("continual.study.run.Worker", Here)
+    monkeypatch.setattr("continual.study.run.Worker", study_runner.Here)
 
 
 def _study(place: Path, **content: Any) -> Study:
