@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -46,9 +45,7 @@ def run(stream: Any, strategy: Any, *, seed: int, out: Path, resume: bool, strat
             (out / "pid").write_text(str(os.getpid()), encoding="utf-8")
             time.sleep(600)
         if strategy_name == "interrupts":
-            parent = multiprocessing.parent_process()
-            assert parent is not None and parent.pid is not None
-            os.kill(parent.pid, signal.SIGINT)
+            os.kill(int(os.environ["OF_THE_STUDY"]), signal.SIGINT)
             time.sleep(60)
     result = _result(name, strategy_name, seed)
     if strategy_name.startswith("traced"):

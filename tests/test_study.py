@@ -239,7 +239,8 @@ def test_what_the_runner_is_given_and_other_settings_do_not_overwrite(place: Pat
     assert _calls(aside)[0]["overrides"] == {"training.lr": 0.5}
 
 
-def test_an_interrupt_leaves_what_is_there_and_the_study_goes_on(place: Path) -> None:
+def test_an_interrupt_leaves_what_is_there_and_the_study_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OF_THE_STUDY", str(os.getpid()))
     study = _study(place, streams=["one.yaml"], strategies=["interrupts.yaml", "good.yaml"])
     out = place / "out"
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
@@ -429,6 +430,16 @@ def test_a_cell_ends_with_the_study(place: Path) -> None:
         script.kill()
         script.wait()
     _until(lambda: not Path("/proc", started.read_text()).exists())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cells are forked on Linux only")
+def test_cells_leave_nothing_behind_in_the_system(tmp_path: Path) -> None:
+    study = {"streams": ["split-digits"], "strategies": ["naive"], "training": {"epochs": 1}, "seeds": [0, 1]}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    command = [sys.executable, "-m", "continual.cli", "study", "study.yaml", "--out", "out", "--device", "cpu"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "2 of 2 cells done" in done.stdout
+    assert "leaked" not in done.stderr and "Traceback" not in done.stderr
 
 
 def _until(holds: Callable[[], bool], seconds: float = 60) -> None:

@@ -11,13 +11,13 @@ import contextlib
 import ctypes
 import importlib
 import multiprocessing
-import multiprocessing.connection
 import os
 import random
 import signal
 import traceback
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -116,27 +116,26 @@ def _share_cores(workers: int) -> None:
 
 def _apart(job: dict[str, Any], workers: int) -> str | None:
     """In a worker that forks: :func:`_work` in a child, which ends with this process; None where the system killed it."""
-    ours, theirs = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            os.close(ours)
-            _as_a_new_process(workers)
-            os.write(theirs, _work(job).encode()[:60_000])
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(theirs)
-    parent = multiprocessing.parent_process()
+    context, parent = multiprocessing.get_context("fork"), multiprocessing.parent_process()
     assert parent is not None
-    with open(ours, encoding="utf-8", errors="replace") as answer:
-        if parent.sentinel in multiprocessing.connection.wait([ours, parent.sentinel]):
-            os._exit(1)
-        message = answer.read()
-    _, status = os.waitpid(child, 0)
-    return message if status == 0 else None
+    answer, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_in_child, args=(job, workers, theirs))
+    child.start()
+    theirs.close()
+    if parent.sentinel in connection.wait([answer, parent.sentinel]):
+        os._exit(1)
+    try:
+        message: str | None = answer.recv()
+    except EOFError:
+        message = None
+    child.join()
+    return message if child.exitcode == 0 else None
+
+
+def _in_child(job: dict[str, Any], workers: int, answer: connection.Connection) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _as_a_new_process(workers)
+    answer.send(_work(job))
 
 
 def _as_a_new_process(workers: int) -> None:
