@@ -65,6 +65,11 @@ class UserModule(nn.Module):
             try:
                 returned = self.module(batch["inputs"])
             except RuntimeError as error:
+                if "dtype" in str(error):
+                    raise ModelError(
+                        f"{type(self.module).__name__} cannot take inputs of {batch['inputs'].dtype} "
+                        f"({' '.join(str(error).split())}): call .float() on it; half precision is the business of training.precision."
+                    ) from error
                 if "shape" not in str(error) and "size" not in str(error):
                     raise
                 raise ModelError(

@@ -215,3 +215,9 @@ def test_a_class_by_its_name_with_arguments() -> None:
     assert model({"inputs": torch.ones(3, 4)}).logits.shape == (3, 2)
     assert "could not be made" in sentence(ModelError, "torch.nn:Linear")
     assert isinstance(build_model("torch.nn:Flatten", objective="classification"), Model)
+
+
+def test_a_module_in_half_precision_is_told_where_that_belongs() -> None:
+    model = build_model(nn.Linear(3, 2).half())
+    with pytest.raises(ModelError, match=r"Linear cannot take inputs of torch.float32 .*call .float\(\) on it"):
+        model({"inputs": torch.zeros(4, 3)})
