@@ -5,7 +5,8 @@ folder beside its place, flushed to the disk, sealed with the SHA-256 of each fi
 old state or the new one and never a part of either.
 
 A state of many experiences is mostly small tensors, each of which costs safetensors more than its bytes do: those of one dtype
-are written as one.
+are written as one. And it is the same few fields over and over: values that are alike are written field by field, so that a
+thousand experiences cost a few long columns and not thousands of short entries.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import math
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,11 @@ _FLOAT = "$float"
 _METADATA = "state"  # one key alone: safetensors writes several in an order that is drawn anew each time
 _PLAIN = "$plain"
 _PACKED = "$packed"
+_COLUMN = "$column"
+_KEYS = "$keys"
+_RESERVED = (_TENSOR, _FLOAT, _PACKED, _PLAIN, _COLUMN, _KEYS)
+_MANY = 8
+"""Values from which on those that are alike are written field by field."""
 _SMALL = 16 * 1024
 """Bytes up to which a tensor is written together with others of its dtype."""
 _PACKABLE = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
@@ -115,7 +122,7 @@ def _written(state: dict[str, Any]) -> tuple[str, dict[str, Tensor]]:
     small: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         kind = str(tensor.dtype).removeprefix("torch.")
-        if kind in _PACKABLE and tensor.numel() * tensor.element_size() <= _SMALL:
+        if _is_small(tensor):
             small.setdefault(kind, {})[key] = tensor
         else:
             whole[key] = tensor.cpu().clone(memory_format=torch.contiguous_format)
@@ -153,12 +160,14 @@ def _flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {_TENSOR: key}
     if isinstance(value, dict):
         for key in value:
-            assert isinstance(key, str) and key not in (_TENSOR, _FLOAT, _PACKED, _PLAIN), (
-                f"state keys are plain strings, not {key!r}"
-            )
+            assert isinstance(key, str) and key not in _RESERVED, f"state keys are plain strings, not {key!r}"
+        column = _column(list(value.values()), tensors)
+        if column is not None:
+            return {_KEYS: list(value), _COLUMN: column}
         return {key: _flatten(item, tensors) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_flatten(item, tensors) for item in value]
+        column = _column(value, tensors)
+        return {_COLUMN: column} if column is not None else [_flatten(item, tensors) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return {_FLOAT: repr(value)}
     assert value is None or isinstance(value, bool | int | float | str), f"a state cannot hold {type(value)}"
@@ -171,7 +180,61 @@ def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
             return tensors[value[_TENSOR]]
         if set(value) == {_FLOAT}:
             return float(value[_FLOAT])
+        if set(value) == {_COLUMN}:
+            return _values(value[_COLUMN], tensors)
+        if set(value) == {_KEYS, _COLUMN}:
+            return dict(zip(value[_KEYS], _values(value[_COLUMN], tensors), strict=True))
         return {key: _unflatten(item, tensors) for key, item in value.items()}
     if isinstance(value, list):
         return [_unflatten(item, tensors) for item in value]
     return value
+
+
+def _column(values: Sequence[Any], tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+    """Values that are alike, field by field; None where they are few or differ in kind, in keys or in length."""
+    if len(values) < _MANY:
+        return None
+    first = values[0]
+    if isinstance(first, Tensor):
+        if not all(isinstance(one, Tensor) and one.dtype == first.dtype and _is_small(one) for one in values):
+            return None
+        key, shapes = str(len(tensors)), [list(one.shape) for one in values]
+        tensors[key] = torch.cat([one.detach().reshape(-1).cpu() for one in values])
+        return {"joined": key, "shapes": shapes}
+    if isinstance(first, dict):
+        keys = list(first)
+        if not keys or not all(isinstance(one, dict) and list(one) == keys for one in values):
+            return None
+        return {"keys": keys, "fields": [_field([one[key] for one in values], tensors) for key in keys]}
+    if isinstance(first, list | tuple):
+        places = len(first)
+        if not places or not all(isinstance(one, list | tuple) and len(one) == places for one in values):
+            return None
+        return {"fields": [_field([one[place] for one in values], tensors) for place in range(places)]}
+    return None
+
+
+def _field(values: list[Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    found = _column(values, tensors)
+    return {"plain": [_flatten(one, tensors) for one in values]} if found is None else found
+
+
+def _values(column: dict[str, Any], tensors: dict[str, Tensor]) -> list[Any]:
+    """What :func:`_column` or :func:`_field` took apart."""
+    if "joined" in column:
+        shapes = column["shapes"]
+        parts = tensors[column["joined"]].split_with_sizes([math.prod(shape) for shape in shapes])
+        return [part.reshape(shape).clone() for part, shape in zip(parts, shapes, strict=True)]
+    if "plain" in column:
+        return [_unflatten(one, tensors) for one in column["plain"]]
+    rows = zip(*(_values(field, tensors) for field in column["fields"]), strict=True)
+    if "keys" not in column:
+        return [list(row) for row in rows]
+    keys = column["keys"]
+    if len(keys) != len(column["fields"]):
+        raise ValueError(f"{len(keys)} keys for {len(column['fields'])} fields")
+    return [dict(zip(keys, row, strict=True)) for row in rows]
+
+
+def _is_small(tensor: Tensor) -> bool:
+    return str(tensor.dtype).removeprefix("torch.") in _PACKABLE and tensor.numel() * tensor.element_size() <= _SMALL

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from continual.errors import StateError
-from continual.state import _SMALL, load_state, read_state_file, save_state, state_bytes
+from continual.state import _SMALL, load_state, read_state_file, save_state, state_bytes, tensor_bytes
 
 KINDS = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64),
@@ -65,9 +66,81 @@ def test_a_state_whose_tensors_were_written_one_by_one_is_read(tmp_path: Path) -
     assert same(read_state_file(tmp_path / "file"), {"a": torch.arange(3), "b": [torch.ones(2, 2), 3]})
 
 
+def alike(count: int) -> list[dict[str, Any]]:
+    """Entries of one shape, as a state of many experiences has them."""
+    return [
+        {
+            "name": f"e{i}",
+            "rows": torch.arange(i),
+            "scores": [{"value": torch.tensor(i / 7), "at": (i, None)}, math.inf],
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        alike(7),
+        alike(8),
+        alike(40),
+        {f"key {i}": one for i, one in enumerate(alike(9))},
+        [*alike(8), {"name": "other"}],
+        [*alike(8), None],
+        [None, *alike(8)],
+        [torch.zeros(2), *[torch.zeros(2, dtype=torch.int64)] * 9],
+        [torch.zeros(5000), *[torch.zeros(3)] * 9],
+        [torch.ones(1, 0, 2), *[torch.ones(2, 1).t()] * 9],
+        [[]] * 9,
+        [{}] * 9,
+        [[1, 2]] * 9 + [[1]],
+        [{"a": 1, "b": 2}] * 9 + [{"b": 2, "a": 1}],
+        [torch.tensor([True, False], dtype=torch.bool)] * 9,
+        [torch.tensor(1 + 2j)] * 9,
+        list(range(20)),
+    ],
+    ids=lambda values: str(values)[:40],
+)
+def test_values_that_are_alike_come_back_as_they_were(tmp_path: Path, values: Any) -> None:
+    (tmp_path / "file").write_bytes(state_bytes({"values": values, "after": torch.ones(3)}))
+    found = read_state_file(tmp_path / "file")
+    assert same(found["values"], lists(values)) and same(found["after"], torch.ones(3))
+    if isinstance(values, dict):
+        assert list(found["values"]) == list(values)
+
+
+def lists(value: Any) -> Any:
+    """Tuples become lists, as in any state."""
+    if isinstance(value, dict):
+        return {key: lists(one) for key, one in value.items()}
+    return [lists(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def test_tensors_that_were_alike_share_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(state_bytes({"values": alike(9)}))
+    found = read_state_file(tmp_path / "file")["values"]
+    found[4]["rows"].zero_()
+    assert same(found[3]["rows"], torch.arange(3)) and same(found[5]["rows"], torch.arange(5))
+
+
+def test_many_entries_that_are_alike_cost_few_words() -> None:
+    one, many_ = (len(state_bytes({"values": alike(count)})) for count in (100, 1100))
+    assert (many_ - one) / 1000 < sum(tensor_bytes(entry) for entry in alike(1100)[100:]) / 1000 + 60
+
+
 @pytest.mark.parametrize(
     "content",
     [
+        {"$packed": {}, "$plain": {"a": {"$column": {"joined": "int64", "shapes": [[4]]}}}},
+        {"$packed": {}, "$plain": {"a": {"$column": {"joined": "other", "shapes": [[3]]}}}},
+        {"$packed": {}, "$plain": {"a": {"$column": {"joined": "int64", "shapes": 3}}}},
+        {"$packed": {}, "$plain": {"a": {"$column": {"keys": ["k"], "fields": []}}}},
+        {"$packed": {}, "$plain": {"a": {"$column": {"keys": ["k"], "fields": [{"plain": [1]}, {"plain": [1]}]}}}},
+        {"$packed": {}, "$plain": {"a": {"$column": {"fields": [{"plain": [1]}, {"plain": [1, 2]}]}}}},
+        {"$packed": {}, "$plain": {"a": {"$column": {}}}},
+        {"$packed": {}, "$plain": {"a": {"$column": [1]}}},
+        {"$packed": {}, "$plain": {"a": {"$keys": ["k", "l"], "$column": {"plain": [1]}}}},
+        {"$packed": {}, "$plain": {"a": {"$keys": 3, "$column": {"plain": [1]}}}},
         {"$packed": {"int64": {"0": [4]}}, "$plain": {}},
         {"$packed": {"int64": {"0": [-1]}}, "$plain": {}},
         {"$packed": {"int64": {"0": [1], "1": [1, 1]}}, "$plain": {}},

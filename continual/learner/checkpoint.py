@@ -18,6 +18,10 @@ def table_state(table: Table) -> dict[str, Any]:
 
     Tokens that are not padded on the right alone stay a dense column with their mask.
     """
+    if isinstance(table, TensorTable) and "attention_mask" not in table.columns:
+        dense = {name: column for name, column in table.columns.items() if isinstance(column, Tensor)}
+        if len(dense) == len(table.columns):
+            return {"dense": {name: column.clone() for name, column in dense.items()}, "ragged": {}}
     everything = table[torch.arange(len(table))]
     mask = everything.get("attention_mask")
     if mask is not None and bool((mask[:, 1:] <= mask[:, :-1]).all()):

@@ -74,7 +74,10 @@ def rows_to_pass(rules: GateRules, objective: Objective, *, lost: int) -> int:
 
 def mean_interval(score_N: ArrayLike, level: float) -> tuple[float | None, float | None]:
     """The interval of a mean at confidence 1 - 2 * level, as :func:`hold_to` computes it; None where it has none."""
-    found = _compare(score_N, 0.0, level, least=True)
+    scores: Floats = np.asarray(score_N, dtype=np.float64)
+    if len(scores) and is_binary(scores):
+        return _share_interval(int(scores.sum()), len(scores), level)
+    found = _compare(scores, 0.0, level, least=True)
     return defined(found.low), defined(found.high)
 
 
@@ -111,8 +114,7 @@ def _compare(given: ArrayLike, limit: float, level: float, least: bool) -> _Mean
 
 
 def _share(count: int, rows: int, limit: float, level: float, least: bool) -> _Mean:
-    low = float(betaincinv(count, rows - count + 1, level)) if count else 0.0
-    high = float(betaincinv(count + 1, rows - count, 1 - level)) if count < rows else 1.0
+    low, high = _share_interval(count, rows, level)
     measured = (count + 1) / (rows + 2)  # never 0 or 1: rows that were all right so far need not stay so
     possible = min(max(limit, 0.0), 1.0)
     safe = limit <= 0 if least else limit >= 1
@@ -122,6 +124,12 @@ def _share(count: int, rows: int, limit: float, level: float, least: bool) -> _M
         p_value = 1.0 if safe else 0.0
     variances = (possible * (1 - possible), measured * (1 - measured))
     return _Mean(count / rows, low, high, p_value, variances, rows, True, safe)
+
+
+def _share_interval(count: int, rows: int, level: float) -> tuple[float, float]:
+    low = float(betaincinv(count, rows - count + 1, level)) if count else 0.0
+    high = float(betaincinv(count + 1, rows - count, 1 - level)) if count < rows else 1.0
+    return low, high
 
 
 def _check(
