@@ -16,6 +16,7 @@ import math
 import shutil
 import uuid
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,10 @@ _MANY = 8
 """Values from which on those that are alike are written field by field."""
 _SMALL = 16 * 1024
 """Bytes up to which a tensor is written together with others of its dtype."""
-_PACKABLE = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_PACKABLE = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+}
 _SIGNS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
 """How a file shows that it holds no state."""
 
@@ -122,7 +126,7 @@ def _written(state: dict[str, Any]) -> tuple[str, dict[str, Tensor]]:
     small: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         kind = str(tensor.dtype).removeprefix("torch.")
-        if _is_small(tensor):
+        if tensor.dtype in _PACKABLE and tensor.nbytes <= _SMALL:
             small.setdefault(kind, {})[key] = tensor
         else:
             whole[key] = tensor.cpu().clone(memory_format=torch.contiguous_format)
@@ -191,15 +195,20 @@ def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _column(values: Sequence[Any], tensors: dict[str, Tensor]) -> dict[str, Any] | None:
-    """Values that are alike, field by field; None where they are few or differ in kind, in keys or in length."""
+    """Values that are alike, field by field (lists of different lengths end to end); None where they are few or differ in kind."""
     if len(values) < _MANY:
         return None
     first = values[0]
     if isinstance(first, Tensor):
-        if not all(isinstance(one, Tensor) and one.dtype == first.dtype and _is_small(one) for one in values):
+        kind, place = first.dtype, first.device
+        if kind not in _PACKABLE or not all(
+            isinstance(one, Tensor) and one.dtype == kind and one.device == place and one.nbytes <= _SMALL
+            for one in values
+        ):
             return None
         key, shapes = str(len(tensors)), [list(one.shape) for one in values]
-        tensors[key] = torch.cat([one.detach().reshape(-1).cpu() for one in values])
+        with torch.no_grad():
+            tensors[key] = torch.cat([one if one.dim() == 1 else one.reshape(-1) for one in values]).cpu()
         return {"joined": key, "shapes": shapes}
     if isinstance(first, dict):
         keys = list(first)
@@ -207,10 +216,13 @@ def _column(values: Sequence[Any], tensors: dict[str, Tensor]) -> dict[str, Any]
             return None
         return {"keys": keys, "fields": [_field([one[key] for one in values], tensors) for key in keys]}
     if isinstance(first, list | tuple):
-        places = len(first)
-        if not places or not all(isinstance(one, list | tuple) and len(one) == places for one in values):
+        if not all(isinstance(one, list | tuple) for one in values):
             return None
-        return {"fields": [_field([one[place] for one in values], tensors) for place in range(places)]}
+        lengths = [len(one) for one in values]
+        if len(set(lengths)) > 1:
+            return {"lengths": lengths, "items": _field([item for one in values for item in one], tensors)}
+        if first:
+            return {"fields": [_field([one[place] for one in values], tensors) for place in range(len(first))]}
     return None
 
 
@@ -227,6 +239,12 @@ def _values(column: dict[str, Any], tensors: dict[str, Tensor]) -> list[Any]:
         return [part.reshape(shape).clone() for part, shape in zip(parts, shapes, strict=True)]
     if "plain" in column:
         return [_unflatten(one, tensors) for one in column["plain"]]
+    if "lengths" in column:
+        items = iter(_values(column["items"], tensors))
+        found = [list(islice(items, length)) for length in column["lengths"]]
+        if sum(column["lengths"]) != sum(map(len, found)) or next(items, None) is not None:
+            raise ValueError("lists that are longer or shorter than what they hold")
+        return found
     rows = zip(*(_values(field, tensors) for field in column["fields"]), strict=True)
     if "keys" not in column:
         return [list(row) for row in rows]
@@ -234,7 +252,3 @@ def _values(column: dict[str, Any], tensors: dict[str, Tensor]) -> list[Any]:
     if len(keys) != len(column["fields"]):
         raise ValueError(f"{len(keys)} keys for {len(column['fields'])} fields")
     return [dict(zip(keys, row, strict=True)) for row in rows]
-
-
-def _is_small(tensor: Tensor) -> bool:
-    return str(tensor.dtype).removeprefix("torch.") in _PACKABLE and tensor.numel() * tensor.element_size() <= _SMALL
