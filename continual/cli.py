@@ -120,7 +120,7 @@ def study_command(
 
     study = Study.load(file)
     folder = out or Path("runs") / (file.parent.name if file.stem == "study" else file.stem)
-    for note in study.notes():
+    for note in study.notes(device):
         print(f"note: {note}", flush=True)
     outcomes = run_study(study, folder, workers=workers, data=data, device=device)
     table = folder / "report.md"

@@ -22,7 +22,7 @@ from continual.errors import ContinualError, StateError, shown
 from continual.kinds import Scenario
 from continual.learner import Learner, Update
 from continual.learner.checkpoint import check_same
-from continual.learner.core import resolve_device
+from continual.learner.core import resolve_device, slow_precision
 from continual.learner.processes import Processes
 from continual.models.build import base_on_disk, gives_features
 from continual.models.spec import parse_model_spec
@@ -111,6 +111,9 @@ def run_cell(
         processes.from_main(lambda: write_text(out / "run.json", json.dumps(request, indent=1)))
         if resume and on_note is not None and processes.is_main:
             on_note(learner.whereabouts())
+        slow = slow_precision(learner.strategy.training, learner.device)
+        if slow is not None and on_note is not None and processes.is_main:
+            on_note(slow)
         note = unsuited(chosen, loaded.scenario, loaded.objective, None if loaded.open else len(loaded))
         if note is not None:
             learner.notes += [] if note in learner.notes else [note]

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import pytest
+import torch
 from battery import ENGINES, STRATEGIES, TOKENS, small, tiny_stream
 from test_cli import continual
 
 from continual import Learner, Strategy
 from continual.kinds import Scenario
+from continual.learner import core
 from continual.parts.part import Part
 from continual.parts.registry import PARTS
 from continual.run import run_cell
@@ -139,3 +141,32 @@ def test_the_commands_say_it_once_for_each_pair(tmp_path: Path) -> None:
 def test_updates_of_ones_own_are_not_lectured() -> None:
     learner = Learner({"kind": "mlp", "hidden": [4]}, small("naive"), seed=0, device="cpu", progress=False)
     assert not learner.run(tiny_stream(experiences=2)).result["notes"]
+
+
+@pytest.mark.parametrize(
+    ("hardware", "device", "precision"),
+    [(False, "cpu", "bf16"), (True, "cpu", "bf16"), (False, "cuda", "bf16"), (False, "cpu", "fp32")],
+)
+def test_bf16_without_instructions_for_it_is_said(
+    hardware: bool, device: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core, "_has_bf16", lambda: hardware)
+    strategy = Strategy.load("naive", overrides={"training.precision": precision})
+    said = core.slow_precision(strategy.training, torch.device(device))
+    assert (said is not None) == ((hardware, device, precision) == (False, "cpu", "bf16"))
+    assert said is None or "--precision fp32" in said
+
+
+def test_it_is_said_by_a_run_and_once_by_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "_has_bf16", lambda: False)
+    (tmp_path / "study.yaml").write_text(
+        "seeds: [0]\nset: {training.precision: bf16}\nstreams: [split-digits]\nstrategies: [rehearsal, joint]\n"
+    )
+    notes = Study.load(tmp_path / "study.yaml").notes("cpu")
+    assert sum("no instructions for bf16" in note for note in notes) == 1
+    said: list[str] = []
+    short = Strategy.load(
+        "joint", overrides={"training.precision": "bf16", "training.epochs": None, "training.iterations": 1}
+    )
+    run_cell("split-digits", short, out=tmp_path / "run", device="cpu", on_note=said.append)
+    assert any("no instructions for bf16" in note for note in said)

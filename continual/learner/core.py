@@ -34,6 +34,7 @@ from continual.strategy import Strategy
 from continual.streams.experience import Experience
 from continual.streams.text import encode
 from continual.table import Batch, Table
+from continual.training import Training
 
 TEXT_COLUMNS = ("text", "prompt", "messages")
 ADAPTED = ("lora_", "virtual_tokens.")
@@ -297,3 +298,17 @@ def resolve_device(name: str) -> torch.device:
             "'auto'."
         )
     return device
+
+
+def slow_precision(training: Training, device: torch.device) -> str | None:
+    """One sentence where the precision asked for has no instructions on this processor and is far slower, else None."""
+    if training.precision != "bf16" or device.type != "cpu" or _has_bf16():
+        return None
+    return (
+        "this processor has no instructions for bf16 and computes it several times slower than fp32: take --precision fp32 "
+        "(in a study or a strategy's file, training.precision: fp32)."
+    )
+
+
+def _has_bf16() -> bool:
+    return bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import ConfigDict, Field, NonNegativeInt, model_validator
 
 from continual.errors import ContinualError, SpecError, unknown
+from continual.learner.core import resolve_device, slow_precision
 from continual.library import find_spec
 from continual.models.build import gives_features
 from continual.spec import Spec, parse, read_yaml
@@ -208,17 +209,19 @@ class Study:
                 raise SpecError(f"study '{self.name}', data: {unknown('stream', name, streams)}")
         return list(found.values())
 
-    def notes(self) -> list[str]:
-        """What should be known before it runs: for each pair of stream and strategy one sentence at most."""
+    def notes(self, device: str = "auto") -> list[str]:
+        """What should be known before it runs: of its precision on this device, and of each pair of stream and strategy."""
+        place, slow = resolve_device(device), dict[str, None]()
         found: dict[tuple[str, str], str | None] = {}
         for cell in self._cells:
             if (cell.stream, cell.strategy) not in found:
                 strategy = Strategy.load(cell.strategy_source, overrides=cell.overrides)
                 strategy.name = cell.strategy
+                slow |= dict.fromkeys(filter(None, [slow_precision(strategy.training, place)]))
                 spec, _ = read_stream_spec(cell.stream_source)
                 said = spec.scenario and unsuited(strategy, spec.scenario, spec.objective)
                 found[cell.stream, cell.strategy] = said and f"{cell.stream}/{cell.strategy}: {said}"
-        return [sentence for sentence in found.values() if sentence]
+        return [*slow, *(sentence for sentence in found.values() if sentence)]
 
     def data_folder(self, cell: Cell, data: Path | None) -> Path | None:
         """Where the data of a cell's stream lie: ``data/<stream>``, else what the file says, else ``data`` itself."""
