@@ -89,10 +89,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as place:
             whole, cut = Path(place) / "whole", Path(place) / "cut"
             subprocess.run(command(stream, strategy, whole, *options), check=True, stdout=subprocess.DEVNULL)
-            span = (
-                json.loads((whole / "result.json").read_text(encoding="utf-8"))["cost"]["train_seconds"]
-                / arguments.kills
-            )
+            cost = json.loads((whole / "result.json").read_text(encoding="utf-8"))["cost"]
+            span = cost["train_seconds"] / (2 * arguments.kills)  # so that the run is not over before the last kill
             kills = killed(stream, strategy, cut, arguments.kills, span, 0, options)
             left, right = weights(whole), weights(cut)
             rows.append(
