@@ -1,7 +1,11 @@
 """Has an earlier experience dropped by more than it may? A paired test per test set, with three answers.
 
 For 0/1 scores: Tango's score interval and test for the difference of paired proportions (Tango 1998, Statistics in
-Medicine 17:891-908, eq. 3-5; at a margin of 0 it is McNemar's test). For other scores: the paired t interval and test.
+Medicine 17:891-908, eq. 3-5; at a margin of 0 it is McNemar's test), and where it is the more careful one, the exact binomial
+interval and test of the net loss, as if no row had been won: with few rows Tango's alone passes at 53 rows without a change, where a
+true drop of 5 points leaves all of them right in 6.6 % of cases, and not in 5. Computed over all tables of 53 to 200 rows and many
+shares of rows won, both together pass wrongly in at most 5.2 % of cases (Tango's alone 6.8) and raise a false alarm in at most
+6.4 % (8.9). For other scores: the paired t interval and test.
 For several test sets the alarms are corrected by Holm's method (Holm 1979), so that one false alarm in the whole family
 has at most the probability ``level``. A pass needs no correction: all sets must pass, and each does so at ``level``
 (the intersection-union test, Berger 1982).
@@ -20,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
-from scipy.special import ndtr, ndtri, stdtr, stdtrit
+from scipy.special import bdtrc, betaincinv, ndtr, ndtri, stdtr, stdtrit
 
 from continual.monitor.metrics import defined
 
@@ -103,7 +107,7 @@ def drop_interval(before_N: ArrayLike, after_N: ArrayLike, level: float) -> tupl
     if len(drop_N) == 0:
         return math.nan, math.nan
     if is_binary(before) and is_binary(after):
-        return tango_interval(int((drop_N > 0).sum()), int((drop_N < 0).sum()), len(drop_N), level)
+        return paired_interval(int((drop_N > 0).sum()), int((drop_N < 0).sum()), len(drop_N), level)
     if len(drop_N) == 1:
         return math.nan, math.nan
     half = float(stdtrit(len(drop_N) - 1, 1 - level) * drop_N.std(ddof=1) / math.sqrt(len(drop_N)))
@@ -111,6 +115,27 @@ def drop_interval(before_N: ArrayLike, after_N: ArrayLike, level: float) -> tupl
 
 
 @lru_cache(4096)  # many test sets of one size that hardly change
+def paired_interval(lost: int, won: int, rows: int, level: float) -> tuple[float, float]:
+    """The interval of (lost - won) / rows by which the gate passes: the wider of Tango's and the exact one of the net loss.
+
+    Arguments as of :func:`tango_interval`, at confidence 1 - 2 * level.
+    """
+    low, high = tango_interval(lost, won, rows, level)
+    net_low, net_high = share_interval(abs(lost - won), rows, level)
+    if lost == won:
+        net_low = -net_high
+    elif lost < won:
+        net_low, net_high = -net_high, -net_low
+    return min(low, net_low), max(high, net_high)
+
+
+def share_interval(count: int, rows: int, level: float) -> tuple[float, float]:
+    """Clopper and Pearson's exact interval of a share (1934, Biometrika 26:404-413), at confidence 1 - 2 * level."""
+    low = float(betaincinv(count, rows - count + 1, level)) if count else 0.0
+    high = float(betaincinv(count + 1, rows - count, 1 - level)) if count < rows else 1.0
+    return low, high
+
+
 def tango_interval(lost: int, won: int, rows: int, level: float) -> tuple[float, float]:
     """Tango's score interval of (lost - won) / rows, at confidence 1 - 2 * level.
 
@@ -169,6 +194,8 @@ def _compare(before_N: ArrayLike, after_N: ArrayLike, margin: float, level: floa
     if is_binary(before) and is_binary(after):
         lost, won = int((drop_N > 0).sum()), int((drop_N < 0).sum())
         p_value = float(ndtr(-_tango(lost, won, count, margin)))
+        if 0 < margin < 1 and lost - won > count * margin:
+            p_value = max(p_value, float(bdtrc(lost - won - 1, count, margin)))
         variance = (lost + won + 1) / (count + 2)  # never 0: rows that have not changed yet still may
     else:
         p_value = _t_p_value(drop_N, margin)

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import betaincinv, ndtri, stdtr, stdtrit
+from scipy.special import ndtri, stdtr, stdtrit
 from scipy.stats import binomtest
 
 from continual.kinds import Objective
-from continual.monitor.gate import POWER, Answer, holm, is_binary, tango_interval
+from continual.monitor.gate import POWER, Answer, holm, is_binary, paired_interval, share_interval
 from continual.monitor.metrics import Floats, defined
 from continual.refresh.records import Check
 from continual.refresh.rules import GateRules
@@ -64,7 +64,7 @@ def rows_to_pass(rules: GateRules, objective: Objective, *, lost: int) -> int:
         return 0
 
     def passes(rows: int) -> bool:
-        return tango_interval(lost, 0, rows, 1 - rules.confidence)[1] < rules.max_drop
+        return paired_interval(lost, 0, rows, 1 - rules.confidence)[1] < rules.max_drop
 
     most = lost + 1
     while not passes(most):
@@ -76,7 +76,7 @@ def mean_interval(score_N: ArrayLike, level: float) -> tuple[float | None, float
     """The interval of a mean at confidence 1 - 2 * level, as :func:`hold_to` computes it; None where it has none."""
     scores: Floats = np.asarray(score_N, dtype=np.float64)
     if len(scores) and is_binary(scores):
-        return _share_interval(int(scores.sum()), len(scores), level)
+        return share_interval(int(scores.sum()), len(scores), level)
     found = _compare(scores, 0.0, level, least=True)
     return defined(found.low), defined(found.high)
 
@@ -114,7 +114,7 @@ def _compare(given: ArrayLike, limit: float, level: float, least: bool) -> _Mean
 
 
 def _share(count: int, rows: int, limit: float, level: float, least: bool) -> _Mean:
-    low, high = _share_interval(count, rows, level)
+    low, high = share_interval(count, rows, level)
     measured = (count + 1) / (rows + 2)  # never 0 or 1: rows that were all right so far need not stay so
     possible = min(max(limit, 0.0), 1.0)
     safe = limit <= 0 if least else limit >= 1
@@ -124,12 +124,6 @@ def _share(count: int, rows: int, limit: float, level: float, least: bool) -> _M
         p_value = 1.0 if safe else 0.0
     variances = (possible * (1 - possible), measured * (1 - measured))
     return _Mean(count / rows, low, high, p_value, variances, rows, True, safe)
-
-
-def _share_interval(count: int, rows: int, level: float) -> tuple[float, float]:
-    low = float(betaincinv(count, rows - count + 1, level)) if count else 0.0
-    high = float(betaincinv(count + 1, rows - count, 1 - level)) if count < rows else 1.0
-    return low, high
 
 
 def _check(

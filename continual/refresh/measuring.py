@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ LEVEL = 0.025
 """Of each end of an interval."""
 ROWS = 64
 TURNS = 5
+SCALED = 10.0
+"""A network takes features up to about this size as they are."""
 
 
 def measured_in(monitor: Monitor) -> tuple[Measured, ...]:
@@ -57,6 +60,29 @@ def measured_in(monitor: Monitor) -> tuple[Measured, ...]:
 def _mean(score_N: NDArray[np.float32]) -> float | None:
     """None where there are no rows, as where all were erased."""
     return defined(float(score_N.mean())) if len(score_N) else None
+
+
+def no_better(name: str, score: float | None, holdout: Table | None, class_names: Sequence[str]) -> str | None:
+    """One sentence where always giving the most frequent label of the hold-out is right as often, or oftener; else None.
+
+    Args:
+        score: accuracy on the hold-out.
+        class_names: of the labels in ``holdout``.
+    """
+    if score is None or holdout is None or not len(holdout):
+        return None
+    counts = torch.bincount(holdout.column("labels"), minlength=len(class_names))
+    share = float(counts.max()) / len(holdout)
+    if share == 1 or score > share:
+        return None
+    said = (
+        f"'{name}' scores {score:.3f} on its own hold-out, no better than always answering '{class_names[int(counts.argmax())]}' "
+        f"({share:.3f}): the update has learnt nothing of use from it, and the gate asks what was lost (gate.new_floor asks for more)"
+    )
+    inputs = holdout.column("inputs").float() if "inputs" in holdout.names else torch.zeros(1)
+    if inputs.isfinite().all() and inputs.abs().max() > SCALED:
+        said += f"; its features reach from {inputs.min():.4g} to {inputs.max():.4g}: bring each to a mean of 0 and a spread of 1"
+    return f"{said}."
 
 
 def seconds_in_turns(one: Learner, other: Learner, table: Table) -> tuple[float, float]:

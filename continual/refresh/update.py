@@ -34,7 +34,7 @@ from continual.refresh.intake import Divided, Offered, check_form, check_labels,
 from continual.refresh.journal import GOES_LIVE
 from continual.refresh.judge import judge
 from continual.refresh.live import Live
-from continual.refresh.measuring import measured_in, seconds_in_turns
+from continual.refresh.measuring import measured_in, no_better, seconds_in_turns
 from continual.refresh.objects import write_bytes
 from continual.refresh.pieces import split
 from continual.refresh.plainly import plainly
@@ -443,6 +443,9 @@ class Update:
         if own is not None and f"'{own.name}' scores" not in judgement.sentence:
             itself = f" '{own.name}' itself: {PRIMARY[learner.objective]} {own.score:.3f} on {own.rows} held-out rows."
             judgement = judgement.model_copy(update={"sentence": judgement.sentence + itself})
+        useless = None
+        if own is not None and learner.objective == "classification":
+            useless = no_better(own.name, own.score, experience.test, experience.class_names)
         monitor.trim()
         pieces = split(learner.state()) | {"form": {"form": offered.form}}
         written = {name: self.folder.objects.put(piece) for name, piece in pieces.items()}
@@ -461,6 +464,7 @@ class Update:
             measured=measured,
             score=PRIMARY[learner.objective],
             notes=(
+                *([] if useless is None else [useless]),
                 *offered.notes,
                 *(one.sentence for one in request.drift.known),
                 *(why_given_up(one, request) for one in request.diverged),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from continual.monitor.gate import gate, holm, paired_drop, tango_interval
+from continual.monitor.gate import gate, holm, paired_drop, paired_interval, tango_interval
 
 
 def pair(lost: int, won: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -69,6 +69,40 @@ def test_interval_covers_the_true_drop(drop: float, churn: float, rows: int) -> 
     ends = [tango_interval(int(lost), int(won), rows, 0.05) for lost, won, _ in tables]
     covered = np.mean([low <= drop <= high for low, high in ends])
     assert 0.87 < covered <= 0.97
+
+
+@pytest.mark.parametrize("rows", [30, 53, 58, 59, 100])
+@pytest.mark.parametrize("margin", [0.02, 0.05])
+def test_no_change_passes_where_so_many_right_rows_tell_it_exactly(rows: int, margin: float) -> None:
+    """A true drop of the margin leaves all rows right with the chance (1 - margin) ** rows."""
+    verdict = paired_drop(*pair(0, 0, rows), margin=margin, level=0.05)
+    assert (verdict.verdict == "pass") == ((1 - margin) ** rows < 0.05)
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "rows"), [(0, 0, 40), (3, 0, 80), (0, 3, 80), (6, 2, 50), (2, 6, 50), (7, 7, 40)]
+)
+def test_the_interval_is_the_wider_of_two(lost: int, won: int, rows: int) -> None:
+    low, high = paired_interval(lost, won, rows, 0.05)
+    tango, net = tango_interval(lost, won, rows, 0.05), stats.binomtest(abs(lost - won), rows).proportion_ci(0.9)
+    exact = (net.low, net.high) if lost > won else (-net.high, -net.low) if lost < won else (-net.high, net.high)
+    assert (low, high) == pytest.approx((min(tango[0], exact[0]), max(tango[1], exact[1])))
+    assert paired_interval(won, lost, rows, 0.05) == pytest.approx((-high, -low))
+
+
+@pytest.mark.parametrize(("rows", "margin"), [(53, 0.05), (100, 0.02), (120, 0.05)])
+def test_the_chance_of_a_wrong_answer_at_the_margin(rows: int, margin: float) -> None:
+    """Over all tables, for a true drop of exactly the margin and several shares of rows won."""
+    chances = {"pass": 0.0, "fail": 0.0}
+    tables = [(lost, won) for lost in range(31) for won in range(min(31, rows - lost))]
+    answers = [paired_drop(*pair(lost, won, rows), margin=margin, level=0.05).verdict for lost, won in tables]
+    for share in (0.0, 0.005, 0.02, 0.05):
+        table = stats.multinomial(rows, [share + margin, share, 1 - 2 * share - margin])
+        chance = table.pmf([(lost, won, rows - lost - won) for lost, won in tables])
+        for answer in chances:
+            found = float(sum(p for p, said in zip(chance, answers, strict=True) if said == answer))
+            chances[answer] = max(chances[answer], found)
+    assert chances["pass"] < 0.053 and chances["fail"] < 0.066
 
 
 def test_other_scores_take_the_paired_t_test() -> None:

@@ -113,7 +113,7 @@ def test_three_answers_and_what_stands_first() -> None:
     bad = ask(months(lost=(5, 80)))
     assert bad.answer == "fail" and [check.name for check in bad.checks] == ["feb", "jan"]
     assert bad.sentence == (
-        "'feb' fell by 8.0 points against the live version (one-sided 95 % bounds of the drop: 6.7 and 9.5): more than the 2 points "
+        "'feb' fell by 8.0 points against the live version (one-sided 95 % bounds of the drop: 6.6 and 9.6): more than the 2 points "
         "allowed at 95 % confidence; of 2 test sets 1 failed, 1 passed."
     )
     unsure = ask(months(rows=960, lost=(22, 5)))
