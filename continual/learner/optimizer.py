@@ -64,7 +64,6 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.P
     }
     return {
         "groups": [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups],
-        "rates": [float(group["lr"]) for group in optimizer.param_groups],
         "state": state,
     }
 
@@ -72,12 +71,12 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.P
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], saved: dict[str, Any]
 ) -> None:
-    """Put :func:`optimizer_state` back.
+    """Put :func:`optimizer_state` back; the rates stay those of the training that the optimiser was made for.
 
     Raises:
         StateError: it names a parameter that does not train here.
     """
-    for group, names, rate in zip(optimizer.param_groups, saved["groups"], saved["rates"], strict=True):
+    for group, names in zip(optimizer.param_groups, saved["groups"], strict=True):
         absent = [name for name in names if name not in parameters]
         if absent:
             raise StateError(
@@ -85,7 +84,6 @@ def load_optimizer_state(
                 "another strategy or model."
             )
         group["params"] = [parameters[name] for name in names]
-        group["lr"] = rate
     optimizer.state.clear()
     for name, entries in saved["state"].items():
         device = parameters[name].device

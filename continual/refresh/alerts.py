@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from continual.disk import write_text
 from continual.errors import ContinualError, StateError
-from continual.refresh.prometheus import exposition
+from continual.refresh.prometheus import exposition, with_live
 from continual.refresh.records import Manifest, Outcome, Report, record_text
 from continual.refresh.rules import AlertRules
 from continual.refresh.untold import outcome_in, waiting
@@ -87,6 +87,30 @@ def tell_waiting(folder: Folder, rules: AlertRules) -> list[str]:
     return deaf
 
 
+def show_live(folder: Folder, rules: AlertRules) -> list[str]:
+    """Put the version that is live now into the Prometheus file, where there is one that an update has written.
+
+    Returns:
+        One sentence where that failed.
+    """
+    path = None if rules.prometheus is None else folder.path / rules.prometheus
+    if path is None or not path.is_file():
+        return []
+
+    def write() -> None:
+        before = path.read_text(encoding="utf-8")
+        after = with_live(before, str(folder.path), _live(folder, folder.current()))
+        if after != before:
+            write_text(path, after)
+
+    why = _failure(write)
+    return [] if why is None else [f"the Prometheus file '{rules.prometheus}' was not told: {why}."]
+
+
+def _live(folder: Folder, version: int | None) -> tuple[Manifest, Report] | None:
+    return None if version is None else (folder.manifest(version), folder.report(version))
+
+
 def _tell_file(folder: Folder, path: Path, rules: AlertRules) -> list[str]:
     try:
         outcome = outcome_in(path)
@@ -94,7 +118,7 @@ def _tell_file(folder: Folder, path: Path, rules: AlertRules) -> list[str]:
         return [f"nobody was told of an update, since {str(error).rstrip('.')}: see `continual store history`."]
     live = None
     with suppress(ContinualError):  # a damaged version must not keep anybody from hearing of it
-        live = None if outcome.live is None else (folder.manifest(outcome.live), folder.report(outcome.live))
+        live = _live(folder, outcome.live)
     return tell(outcome, rules, folder.path, live)
 
 

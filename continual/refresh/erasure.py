@@ -37,7 +37,7 @@ class Erasure:
             for, before are not among them.
         places: how many rows each place gave up, over all versions.
         written: versions whose files were written anew, since they held such rows.
-        trained: versions whose weights were trained on such rows.
+        trained: versions whose weights were trained on such rows; where some were erased before, also on any that ever were.
         commands: what trains anew without them, from the last version before; empty where no live weights know them.
         sentence: all of that in words.
     """
@@ -107,19 +107,23 @@ def _erase(folder: Folder, rows: Tensor, names: Sequence[str], trust: Sequence[s
     before = folder.erased()
     gone = sorted({*before, *rows.tolist()})
     strange_N = ~torch.isin(rows, torch.cat([known, torch.tensor(before, dtype=torch.int64)]))
+    again = bool(torch.isin(rows, torch.tensor(before, dtype=torch.int64)).any())
+    earlier = [version for entry in folder.journal.read() if entry.event == "erased" for version in entry.trained]
+    taught_by = sorted({*trained, *(earlier if again else [])})
     unknown = tuple(names[place] for place in strange_N.nonzero().flatten().tolist())
+    them = "them or on rows that were erased before" if again else "them"
     more = (
-        f"; the weights of {_listed(trained)} were trained on them, which stays, as does what parts computed from several rows "
+        f"; the weights of {_listed(taught_by)} were trained on {them}, which stays, as does what parts computed from several rows "
         "(sums, curvatures, directions of gradients)"
-        if trained
+        if taught_by
         else ""
     )
     sentence = f"{len(known)} of {len(rows)} rows were erased from {len(written)} versions{more}"
     if manifests or len(gone) > len(before):
-        folder.put_erased(manifests, gone, len(known), sentence)
+        folder.put_erased(manifests, gone, len(known), trained, sentence)
     folder.sweep()
-    commands = _commands(folder, trained)
-    return Erasure(len(rows), len(known), unknown, places, tuple(written), tuple(trained), commands, f"{sentence}.")
+    commands = _commands(folder, taught_by)
+    return Erasure(len(rows), len(known), unknown, places, tuple(written), tuple(taught_by), commands, f"{sentence}.")
 
 
 def _touched(folder: Folder, version: int, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -399,7 +399,9 @@ class Folder:
     def _recover(self) -> Entry | None:
         self.journal.mend()
         shutil.rmtree(self.path / "cache", ignore_errors=True)
-        for folder in (self.path, self.versions, self.staged):
+        if not no_link(self.work / "update.json").is_file():  # what is left there is of no update any more
+            shutil.rmtree(no_link(self.work), ignore_errors=True)
+        for folder in (self.path, self.versions, self.staged, self.path / "untold"):
             for left in folder.glob(".*.tmp"):
                 shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
         entries = self._entries()
@@ -447,18 +449,23 @@ class Folder:
         self.journal.append(event, version=version, sentence=sentence)
         self._point(version)
 
-    def put_erased(self, manifests: dict[int, str], gone: Sequence[int], rows: int, sentence: str) -> None:
+    def put_erased(
+        self, manifests: dict[int, str], gone: Sequence[int], rows: int, trained: Sequence[int], sentence: str
+    ) -> None:
         """Put the staged manifests, which the journal then knows by these digests, in the place of the old ones.
 
         Args:
             gone: ids of all rows that were ever erased.
             rows: how many of them were erased now.
+            trained: versions whose weights were trained on them.
         """
         named = {str(version): digest for version, digest in manifests.items()}
         content = record_text(Erased(rows=tuple(gone))).encode()
         write_bytes(self.staged / "erased.json", content)
         digest = hashlib.sha256(content).hexdigest()
-        self.journal.append("erased", manifests=named, rows=rows, erased=digest, sentence=sentence)
+        self.journal.append(
+            "erased", manifests=named, rows=rows, erased=digest, trained=tuple(trained), sentence=sentence
+        )
         self._settle(self.journal.read())
 
     def sweep(self) -> int:

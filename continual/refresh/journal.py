@@ -44,6 +44,7 @@ class Entry(Record):
         manifests: version → SHA-256 of its manifest from now on, of every version that was written anew (``erased``).
         rows: how many rows it is about (``erased``).
         erased: SHA-256 of ``erased.json`` from now on (``erased``).
+        trained: versions whose weights were trained on the rows (``erased``).
         before: SHA-256 of the line before.
     """
 
@@ -58,6 +59,7 @@ class Entry(Record):
     manifests: dict[VersionName, Digest] = Field(default_factory=dict)
     rows: Count = 0
     erased: Digest | None = None
+    trained: tuple[Annotated[int, Ge(1)], ...] = ()
     sentence: str = ""
     before: Digest = FIRST
 

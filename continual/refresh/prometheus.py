@@ -14,6 +14,8 @@ from continual.monitor.gate import Answer
 from continual.refresh.records import Manifest, Outcome, Report
 from continual.refresh.rules import Finding, Happened
 
+LIVE = "continual_live_version"
+"""The first of the gauges of the version that is live, with which the file ends."""
 Sample = tuple[dict[str, str], float | int]
 """Labels and value."""
 
@@ -26,11 +28,18 @@ def exposition(outcome: Outcome, live: tuple[Manifest, Report] | None, now: floa
         live: what is written of the version that is live; None where none is.
         now: when the update ended, seconds since 1970.
     """
-    lines: list[str] = []
-    for name, explained, samples in _gauges(outcome, live, now):
-        if samples:
-            lines += [f"# HELP {name} {_escape(explained, quotes=False)}", f"# TYPE {name} gauge"]
-            lines += [_line(name, {"store": outcome.store} | labels, value) for labels, value in samples]
+    return "".join(_block(outcome.store, *gauge) for gauge in _gauges(outcome, live, now) if gauge[2])
+
+
+def with_live(text: str, store: str, live: tuple[Manifest, Report] | None) -> str:
+    """A file's text with what it says of the last update, and of the version that is live now."""
+    kept = text.partition(f"# HELP {LIVE} ")[0]
+    return kept + "".join(_block(store, *gauge) for gauge in (() if live is None else _of_live(*live)) if gauge[2])
+
+
+def _block(store: str, name: str, explained: str, samples: Sequence[Sample]) -> str:
+    lines = [f"# HELP {name} {_escape(explained, quotes=False)}", f"# TYPE {name} gauge"]
+    lines += [_line(name, {"store": store} | labels, value) for labels, value in samples]
     return "\n".join(lines) + "\n"
 
 
@@ -59,7 +68,7 @@ def _gauges(
 
 
 def _of_live(manifest: Manifest, report: Report) -> Iterator[tuple[str, str, Sequence[Sample]]]:
-    yield "continual_live_version", "Number of the version that is live.", [({}, manifest.version)]
+    yield LIVE, "Number of the version that is live.", [({}, manifest.version)]
     created = _seconds(manifest.created)
     made: list[Sample] = [] if created is None else [({}, created)]
     yield "continual_live_created_timestamp_seconds", "When the version that is live was made.", made

@@ -137,6 +137,10 @@ class AlertRules(Spec):
     outcomes: tuple[Happened, ...] = ("promoted", "failed", "cannot tell", "stopped")
     timeout: PositiveFloat = 10.0
 
+    def any(self) -> bool:
+        """Whether anybody is named."""
+        return any(one is not None for one in (self.command, self.webhook, self.prometheus))
+
 
 class Rules(Spec):
     """Everything that a store holds its updates to.

@@ -42,8 +42,9 @@ def leakage(ids: Sequence[str], rows: int) -> Found:
     return Found(
         kind="leakage",
         sentence=(
-            f"{hits} of the {rows} new rows ({percent(hits / rows)}) have the very content of a hold-out row: leave them out of the "
-            "training, or the score of the hold-out is that of rows that were learnt, and find out how they came into the new rows."
+            f"{hits} of the {rows} new rows ({percent(hits / rows)}) have the very content of a hold-out row: the update trains "
+            "on none of them, or the score of the hold-out would be that of rows that were learnt; find out how they came into the "
+            "new rows."
         ),
         effect=hits / rows,
         rows=hits,

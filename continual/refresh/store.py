@@ -255,10 +255,10 @@ class Store:
                 check_rules(self.folder.rules, self.path, set(self.trust))
                 outcome = Update(self.folder, data, options, note)()
         except ContinualError:
-            for sentence in (*deaf, *self._tell()):
+            for sentence in (*deaf, *self._tell(done=True)):
                 note(sentence)
             raise
-        return outcome.model_copy(update={"notes": (*outcome.notes, *deaf, *self._tell())})
+        return outcome.model_copy(update={"notes": (*outcome.notes, *deaf, *self._tell(done=True))})
 
     def abandon(self) -> str:
         """Give up an update that broke off, with what it had reached; returns a sentence. Versions that it made stay."""
@@ -271,7 +271,7 @@ class Store:
     def promote(self, version: int) -> str:
         """Make a version live that the gate held back, or an earlier one; returns a sentence."""
         deaf = self._tell()
-        return " ".join([self._promote(version), *deaf])
+        return " ".join([self._promote(version), *deaf, *self._tell(done=True)])
 
     def _promote(self, version: int) -> str:
         with self.folder.writing("promote"):
@@ -295,7 +295,7 @@ class Store:
             StateError: there is no such version, it was never live, or its bytes are not what was written.
         """
         deaf = self._tell()
-        return " ".join([self._rollback(version), *deaf])
+        return " ".join([self._rollback(version), *deaf, *self._tell(done=True)])
 
     def _rollback(self, version: int | None) -> str:
         with self.folder.writing("rollback") as finished:
@@ -368,18 +368,23 @@ class Store:
         deaf = self._tell()
         with self.folder.writing("erase"), self.folder.cached():
             found = erase(self.folder, *rows(), self.trust)
-        return replace(found, sentence=" ".join([found.sentence, *deaf]))
+        return replace(found, sentence=" ".join([found.sentence, *deaf, *self._tell(done=True)]))
 
-    def _tell(self) -> list[str]:
-        """Tell what updates have left to be told, where the rules may name whom; a sentence for each who could not be told."""
+    def _tell(self, *, done: bool = False) -> list[str]:
+        """Tell what updates have left to be told, where the rules may name whom; a sentence for each who could not be told.
+
+        Args:
+            done: a command has done its work, and another version may be live.
+        """
         with suppress(ContinualError):
-            if waiting(self.path, len(self.history())):
-                from continual.refresh.alerts import tell_waiting
+            rules = self.folder.rules
+            if (done and rules.alerts.prometheus is not None) or waiting(self.path, len(self.history())):
+                from continual.refresh.alerts import show_live, tell_waiting
                 from continual.refresh.allowed import check_rules
 
-                rules = self.folder.rules
                 check_rules(rules, self.path, set(self.trust))
-                return tell_waiting(self.folder, rules.alerts)
+                deaf = tell_waiting(self.folder, rules.alerts)
+                return [*deaf, *(show_live(self.folder, rules.alerts) if done else [])]
         return []
 
     def learner(self, version: int | None = None, *, device: str = "auto") -> Learner:

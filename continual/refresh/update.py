@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from continual.disk import recover_folder
 from continual.errors import ContinualError, ModelError, StateError, StreamError, TrainingError, shown
@@ -85,8 +86,7 @@ class Update:
     def __init__(self, folder: Folder, data: Any, options: Options, note: Note) -> None:
         self.folder, self.options, self.note = folder, options, note
         self.settings, self.live = folder.settings, folder.current()
-        alerts = folder.rules.alerts
-        self._owes = any(one is not None for one in (alerts.command, alerts.webhook, alerts.prometheus))
+        self._owes = folder.rules.alerts.any()
         self.begun = self._since = time.perf_counter()
         self._before = self._compared = self._resumed = 0.0
         self._notes = self._known_classes = 0
@@ -115,18 +115,13 @@ class Update:
         limit = holdout_rows(rules, 0 if parent is None else len(parent.experience_names))
         name = self._name(parent) if request is None else request.experience
         early = self.strategy.training.early_stopping is not None
-        least, wanted = (rows_to_pass(rules.gate, self.settings.objective, lost=lost) for lost in (0, 1))
+        wanted = rows_to_pass(rules.gate, self.settings.objective, lost=1)
         divided = divide(offered, rules.holdout, least=wanted, most=limit, valid=early)
         if divided.holdout is None and (parent is None or parent.monitor is None or not parent.monitor.tables()):
             raise StreamError(
                 f"no row of '{offered.path}' can be held out to measure on, since every class trains on one at least, and no "
                 "earlier rows are there to measure on: begin with more of them, two rows of a class at least."
             )
-        held = _count(divided.holdout)
-        few = (
-            f"the hold-out of '{name}' has {held} rows, and the gate needs {least} to let a later update pass even where nothing "
-            "changes: give more rows at a time, or change holdout.share, gate.max_drop or gate.unsure in rules.yaml."
-        )
         experience = self._experience(divided, name, parent)
         if request is None:
             started = time.perf_counter()
@@ -149,7 +144,6 @@ class Update:
             notes=(
                 *offered.notes,
                 *divided.notes,
-                *([few] if held < least and rules.gate.unsure == "hold" else []),
                 *([accepted] if request.drift.accepted else []),
             ),
         )
@@ -443,9 +437,10 @@ class Update:
         if own is not None and f"'{own.name}' scores" not in judgement.sentence:
             itself = f" '{own.name}' itself: {PRIMARY[learner.objective]} {own.score:.3f} on {own.rows} held-out rows."
             judgement = judgement.model_copy(update={"sentence": judgement.sentence + itself})
-        useless = None
+        data = _as_learnt(data, experience, learner)
+        own_notes = [self._few(experience.name, data.holdout, rules)]
         if own is not None and learner.objective == "classification":
-            useless = no_better(own.name, own.score, experience.test, experience.class_names)
+            own_notes.append(no_better(own.name, own.score, experience.test, experience.class_names))
         monitor.trim()
         pieces = split(learner.state()) | {"form": {"form": offered.form}}
         written = {name: self.folder.objects.put(piece) for name, piece in pieces.items()}
@@ -464,7 +459,7 @@ class Update:
             measured=measured,
             score=PRIMARY[learner.objective],
             notes=(
-                *([] if useless is None else [useless]),
+                *(note for note in own_notes if note is not None),
                 *offered.notes,
                 *(one.sentence for one in request.drift.known),
                 *(why_given_up(one, request) for one in request.diverged),
@@ -505,6 +500,23 @@ class Update:
         )
         self.folder.add(manifest, report)
         return number
+
+    def _few(self, name: str, held: int, rules: Rules) -> str | None:
+        """What is to be said of a hold-out with which the gate will not pass even where nothing changes."""
+        least = rows_to_pass(rules.gate, self.settings.objective, lost=0)
+        if rules.gate.unsure != "hold" or held >= least > 0:
+            return None
+        if least == 0 and (rules.gate.max_drop > 0 or self.settings.objective != "classification"):
+            return None
+        if least == 0:
+            return (
+                "gate.max_drop is 0, so only what became better beyond doubt will pass, and an update that changes nothing is 'cannot "
+                "tell': allow a drop of a point or two, or set gate.unsure to promote, in rules.yaml."
+            )
+        return (
+            f"the hold-out of '{name}' has {held} rows, and the gate needs {least} to let a later update pass even where nothing "
+            "changes: give more rows at a time, or change holdout.share, gate.max_drop or gate.unsure in rules.yaml."
+        )
 
     def _spent(self, cost: Mapping[str, float]) -> dict[str, float]:
         """What the learner has cost since the live version."""
@@ -613,6 +625,21 @@ def _memory(learner: Learner) -> Table | None:
         rows = memory.batch(torch.arange(len(memory)))
         tables.append(TensorTable({name: rows[name].cpu() for name in rows if name in COLUMNS}))
     return concat(tables) if tables else None
+
+
+def _as_learnt(data: Data, experience: Experience, learner: Learner) -> Data:
+    """The counts of what the learner took: it leaves out rows whose content earlier hold-outs or trained rows have."""
+    entry = learner.ledger.entries[experience.index]
+
+    def kept(table: Table | None, ids: Tensor) -> int:
+        return 0 if table is None else int(torch.isin(table.column("row").cpu(), ids).sum())
+
+    counts = {
+        "trained": kept(experience.train, entry.trained_ids),
+        "valid": kept(experience.valid, entry.trained_ids),
+        "holdout": kept(experience.test, entry.tested_ids),
+    }
+    return data.model_copy(update=counts)
 
 
 def _count(table: Table | None) -> int:

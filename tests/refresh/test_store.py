@@ -636,3 +636,41 @@ def test_an_update_that_learns_no_more_than_the_most_frequent_label_is_told(scal
     fine.mkdir()
     outcome = small_store(fine).update(month(fine, 0), device="cpu", progress=False)
     assert not any("nothing of use" in note for note in outcome.notes)
+
+
+def test_rates_of_a_try_are_its_own(tmp_path: Path) -> None:
+    rules = {"gate": {"max_drop": 0.9, "unsure": "promote"}, "holdout": {"share": 0.25}}
+    store = small_store(tmp_path, rules=rules)
+    store.update(month(tmp_path, 0), device="cpu", progress=False)
+    failing = {**rules, "gate": {"new_floor": 1.5}, "ladder": {"settings": [{"training.lr": 1e-7}]}}
+    (store.path / "rules.yaml").write_text(json.dumps(failing), encoding="utf-8")
+    store.update(month(tmp_path, 1), device="cpu", progress=False)
+    assert store.versions() == [1, 2, 3] and [*store.report(3).settings] == ["training.lr"]
+
+    def moved(version: int, parent: int) -> float:
+        new, old = (store.learner(one, device="cpu").model.backbone.state_dict() for one in (version, parent))
+        return max(float((new[name] - old[name]).abs().max()) for name in old)
+
+    assert moved(2, 1) > 0.01 > 1e-4 > moved(3, 1) > 0
+    (store.path / "rules.yaml").write_text(json.dumps(rules), encoding="utf-8")
+    store.promote(3)
+    store.update(month(tmp_path, 2), device="cpu", progress=False)
+    assert moved(4, 3) > 0.01, "the next update goes by the strategy's own rate"
+
+
+def test_rows_are_counted_as_the_learner_took_them(tmp_path: Path) -> None:
+    store = grown(tmp_path, 1)
+    text = month(tmp_path, 0).read_text(encoding="utf-8").replace('"m0-', '"other-')
+    fresh = month(tmp_path, 1).read_text(encoding="utf-8")
+    (tmp_path / "both.jsonl").write_text(text + fresh, encoding="utf-8")
+    store.update(tmp_path / "both.jsonl", device="cpu", progress=False)
+    entry = store.learner(device="cpu").ledger.entries[1]
+    data = store.report().data
+    assert data.offered == 80 and data.trained == len(entry.trained_ids) and data.holdout == len(entry.tested_ids)
+    assert data.trained + data.holdout < 80 and store.manifest().data == data
+
+
+def test_a_gate_that_only_what_became_better_passes_is_said(tmp_path: Path) -> None:
+    rules = {"gate": {"max_drop": 0.0}}
+    outcome = small_store(tmp_path, rules=rules).update(month(tmp_path, 0), device="cpu", progress=False)
+    assert any(note.startswith("gate.max_drop is 0, so only what became better") for note in outcome.notes)

@@ -216,3 +216,21 @@ def test_ids_of_rows_that_are_erased_leave_what_is_to_be_told(path: Path) -> Non
     assert Store(path).erase(["m0-1"]).known == 1  # by somebody who may not tell
     left = untold.outcome_in(path / "untold" / "000001.json")
     assert [one.names for one in left.found] == [(), ("4711",)]
+
+
+def test_the_prometheus_file_follows_a_version_that_a_person_makes_live(path: Path) -> None:
+    (path / "rules.yaml").write_text(f"{LOOSE}alerts: {{prometheus: figures.prom}}\n", encoding="utf-8")
+    store = Store(path, trust=["figures.prom"])
+    store.update(columns(rows(1)), name="month-1", device="cpu", progress=False)
+
+    def live() -> str:
+        text = (path / "figures.prom").read_text(encoding="utf-8")
+        assert text.count("# TYPE continual_live_version") == text.count("# TYPE continual_last_update gauge") == 1
+        return next(line.split()[-1] for line in text.splitlines() if line.startswith("continual_live_version"))
+
+    before = (path / "figures.prom").read_bytes()
+    assert live() == "2"
+    store.rollback()
+    assert live() == "1" and (path / "figures.prom").read_bytes() != before
+    store.promote(2)
+    assert (path / "figures.prom").read_bytes() == before
