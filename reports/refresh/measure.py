@@ -31,7 +31,7 @@ holdout: {share: 0.25, rows: 400, total: 3000}
 drift: {stop: [form-shift]}
 """
 STRATEGIES: dict[str, dict[str, Any]] = {
-    "lora-rehearsal": {"model": BASE, "strategy": "lora-rehearsal", "overrides": {"training.precision": "bf16"}},
+    "lora-rehearsal": {"model": BASE, "strategy": "lora-rehearsal", "overrides": {}},
     "lora-first-ranpac": {
         "model": {"kind": "pretrained", "name": BASE, "layers": 4},
         "strategy": "lora-first-ranpac",
@@ -39,7 +39,6 @@ STRATEGIES: dict[str, dict[str, Any]] = {
             "head.dimension": 1900,
             "head.projection": "orthogonal",
             "head.center": True,
-            "training.precision": "bf16",
         },
     },
 }
