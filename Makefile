@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types tests speed clean
+.PHONY: install demo test lint types tests speed clean
+
+install: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/continual study reports/demo/study.yaml --workers 2 --out runs/demo --report reports/demo/report.html

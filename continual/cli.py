@@ -119,7 +119,7 @@ def study_command(
     from continual.study import Study, run_study
 
     study = Study.load(file)
-    folder = out or Path("runs") / (file.parent.name if file.stem == "study" else file.stem)
+    folder = out or Path("runs") / (study.name)
     for note in study.notes(device):
         print(f"note: {note}", flush=True)
     outcomes = run_study(study, folder, workers=workers, data=data, device=device)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import study_runner
 import yaml
+from test_cli import continual
 
 from continual.errors import SpecError, StateError
 from continual.report import load_result
@@ -455,3 +456,13 @@ def test_a_cell_sees_the_environment_of_now(place: Path, monkeypatch: pytest.Mon
         monkeypatch.setenv("OF_THE_STUDY", value)
         run_study(study, place / value, runner="study_runner:environment", progress=False)
         assert (place / value / "one/good/seed-0/environment.txt").read_text() == value
+
+
+def test_the_default_folder_is_the_study_s_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    text = "seeds: [0]\nset: {training.epochs: 1}\nstreams: [split-digits]\nstrategies: [joint]\n"
+    for name in ("study.yaml", "other.yaml"):
+        Path(name).write_text(text, encoding="utf-8")
+        assert continual("study", name).returncode == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["mine", "other"]

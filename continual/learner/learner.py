@@ -81,7 +81,7 @@ class Learner(Erasing):
             experience = as_experience(
                 data,
                 index=self.updates,
-                name=name or f"update-{self.updates}",
+                name=name or f"update-{self.updates + 1}",
                 test=test,
                 valid=valid,
                 known_names=self.class_names if self._pending is None else self.known_names,

@@ -33,7 +33,9 @@ class Update:
 
     def __str__(self) -> str:
         shown = (
-            str(self.retention) if self.retention else f"update {self.index} · {self.name}: no test set, not measured"
+            str(self.retention)
+            if self.retention
+            else f"update {self.index + 1} · {self.name}: no test set, not measured"
         )
         return "\n".join([shown, *(f"note: {note}" for note in self.notes)])
 

@@ -305,7 +305,7 @@ class Update:
 
     def _name(self, parent: Learner | None) -> str:
         given = self.options.name or (Path(self.offered.path).stem if self.offered.path != "rows" else None)
-        name = given or f"update-{0 if parent is None else parent.updates}"
+        name = given or f"update-{1 if parent is None else parent.updates + 1}"
         if parent is not None and name in parent.experience_names:
             raise StateError(
                 f"an update called '{name}' was learnt already: give this one a name of its own with --name."

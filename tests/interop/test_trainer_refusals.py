@@ -270,7 +270,7 @@ def test_added_to_a_trainer_that_was_made_before(tmp_path: Path) -> None:
         trainer.train()
     memory.attach(trainer)
     trainer.train()
-    assert [update.name for update in memory.updates] == ["update-0"]
+    assert [update.name for update in memory.updates] == ["update-1"]
 
 
 def test_rows_of_a_data_set_read_once_are_what_its_batches_hold() -> None:

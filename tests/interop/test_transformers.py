@@ -186,7 +186,7 @@ def test_one_trainer_that_trains_again_keeps_what_its_optimiser_knows(tmp_path: 
     assert held == {id(parameter) for parameter in now.values()}
     assert {name.split(".")[-2] for name in now if "lora" in name} == {"t0002"}
     assert float(optimizer.state[now["classifier.bias"]]["step"]) == 2 * steps["classifier.bias"]
-    assert [update.name for update in memory.updates] == ["e0", "update-1"]
+    assert [update.name for update in memory.updates] == ["e0", "update-2"]
 
 
 def test_token_types_are_replayed_and_saved_with_their_tokens(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_trainer_of_ones_own_takes_the_mixin(tmp_path: Path) -> None:
     late = Trainer(two, arguments(tmp_path), data_collator=collate, train_dataset=rows(1))
     other.attach(late)
     late.train()
-    assert [update.name for update in other.updates] == ["e0", "update-1"]
+    assert [update.name for update in other.updates] == ["e0", "update-2"]
     untouched = Own(classifier(), arguments(tmp_path), data_collator=collate, train_dataset=rows(0))
     untouched.train()
     assert untouched.continual is None

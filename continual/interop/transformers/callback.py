@@ -32,7 +32,7 @@ class Continual(Hooks):
 
     Args:
         strategy: a name of the library, a YAML file, a mapping, or a :class:`~continual.strategy.Strategy`.
-        name: of the next experience; None calls it ``update-0``, ``update-1`` … Set ``memory.name`` before each training.
+        name: of the next experience; None calls it ``update-1``, ``update-2`` … Set ``memory.name`` before each training.
         test: rows to measure it by, as the trainer would take them for evaluation; the name of one of the trainer's
             ``eval_dataset``; or None for its ``eval_dataset``, unless the trainer selects by that one. Set ``memory.test``
             likewise.

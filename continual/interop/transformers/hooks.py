@@ -147,7 +147,7 @@ class Hooks(Rider):
         """Parts begin, once the trainer knows how many steps it takes; called before its optimiser is made."""
         trainer, session = self.trainer, self.session
         test, note = (None, None) if self.monitor is None else self._test_rows()
-        default = session.under_way or f"update-{len(session.names)}"
+        default = session.under_way or f"update-{len(session.names) + 1}"
         session.begin(
             self.name or default,
             self.table(trainer.train_dataset, 0),

@@ -289,7 +289,10 @@ class Session:
         """
         absent = [name for name in names if name not in self._came]
         if absent:
-            raise StateError(f"the state belongs to another model: this one has no parameter '{absent[0]}'.")
+            raise StateError(
+                f"the state belongs to another model: this one has no parameter '{absent[0]}'. "
+                "Hand in the base as it was fetched, not a model that the trainer has changed already."
+            )
         return digest(self._came[name] for name in names)
 
     # Measuring
